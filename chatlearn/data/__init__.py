@@ -1,0 +1,1 @@
+"""Rows with identity, data sets, samplers and the stream of training batches."""

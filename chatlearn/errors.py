@@ -1,0 +1,110 @@
+"""Every error that chatlearn raises on purpose, by kind.
+
+A message says what was got, what was expected and what to change.
+"""
+
+__all__ = [
+    "ChatLearnError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FlowError",
+    "NumericsError",
+    "PlacementError",
+    "SyncError",
+    "WaitTimeoutError",
+    "WorkerError",
+]
+
+
+class ChatLearnError(Exception):
+    """Base of all errors that chatlearn raises on purpose."""
+
+
+class ConfigError(ChatLearnError):
+    """The configuration cannot work; raised before any worker starts (exit code 2)."""
+
+
+class PlacementError(ConfigError):
+    """The models do not fit on the devices there are."""
+
+
+class FlowError(ChatLearnError):
+    """A flow function does something that cannot be traced or scheduled."""
+
+
+class DataError(ChatLearnError):
+    """Rows, batches or a data set are not what a stage needs."""
+
+
+class NumericsError(ChatLearnError):
+    """A loss, gradient or weight is not finite."""
+
+
+class SyncError(ChatLearnError):
+    """Weights cannot be moved from one model to another."""
+
+
+class CheckpointError(ChatLearnError):
+    """A checkpoint cannot be written or read."""
+
+
+class WaitTimeoutError(ChatLearnError):
+    """A bounded wait ran out."""
+
+
+class WorkerError(ChatLearnError):
+    """A worker raised or died.
+
+    Attributes:
+        model_name: the model whose worker failed.
+        rank: its rank within the replica.
+        replica: the replica's index.
+        node: the node's address, where known.
+        flow_line: `file:line: source` of the flow call that the worker ran, if it ran one.
+        worker_traceback: the worker's own traceback, empty where the worker died.
+        is_death: the process is gone; otherwise it raised.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        model_name: str,
+        rank: int,
+        replica: int = 0,
+        node: str = "",
+        flow_line: str = "",
+        worker_traceback: str = "",
+        is_death: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.model_name = model_name
+        self.rank = rank
+        self.replica = replica
+        self.node = node
+        self.flow_line = flow_line
+        self.worker_traceback = worker_traceback
+        self.is_death = is_death
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_worker_error, (self.message, self.__dict__.copy()))
+
+    def __str__(self) -> str:
+        where = f"model {self.model_name!r}, replica {self.replica}, rank {self.rank}"
+        if self.node:
+            where += f", node {self.node}"
+        lines = [f"{self.message} ({where})"]
+        if self.flow_line:
+            lines.append(f"flow line: {self.flow_line}")
+        if self.worker_traceback:
+            lines.append(f"worker traceback:\n{self.worker_traceback.rstrip()}")
+        return "\n".join(lines)
+
+
+def _rebuild_worker_error(message: str, state: dict[str, object]) -> WorkerError:
+    error = WorkerError.__new__(WorkerError)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error

@@ -1,0 +1,1 @@
+"""BaseModule, flow values and the contracts that a backend fulfils."""

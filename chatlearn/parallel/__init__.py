@@ -1,0 +1,1 @@
+"""Layouts, sharded-tensor descriptions, process groups and the worker's context."""
