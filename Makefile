@@ -1,0 +1,42 @@
+# The commands of the project. Everything runs in .venv, which `make setup` builds.
+SHELL := bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_CPU ?= torch==2.13.0
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format docs clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## Build .venv with everything that the demo and the tests need
+
+$(VENV)/.ready: pyproject.toml
+	@PYTHON="$(PYTHON)" TORCH_CPU="$(TORCH_CPU)" VENV="$(VENV)" bash scripts/setup.sh
+	@touch $@
+
+demo: setup ## Watch PPO teach a small model to add (ALGO=ppo|grpo, REWARD=rule|model, SEED=0)
+	@$(BIN)/python scripts/demo/run.py --algo "$(or $(ALGO),ppo)" --reward "$(or $(REWARD),rule)" \
+		--seed "$(or $(SEED),0)" $(ARGS)
+
+test: setup ## Run the tests (no GPU needed)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## Lint, types, layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/pyright
+
+format: setup ## Format and fix what ruff can fix
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+docs: setup ## Write the generated pages of docs/
+	@$(BIN)/python scripts/generate_config_docs.py
+
+clean: ## Remove caches and .venv
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
