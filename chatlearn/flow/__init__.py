@@ -1,1 +1,1 @@
-"""TODO"""
+"""Tracing, scheduling and running of flows."""

@@ -1,0 +1,109 @@
+"""The driver's event loop: running flows dispatch calls, finished calls come back to them.
+
+Single-threaded: several flows (rollout and training, say) make progress in one loop, and every
+wait has a bound.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from chatlearn.errors import FlowError, WaitTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from chatlearn.runtime.contract import Backend, PendingCall
+
+__all__ = ["CallLoop", "Pump"]
+
+_POLL_S = 5.0
+
+
+class Pump(Protocol):
+    """Something that dispatches calls whenever it can."""
+
+    def pump(self) -> None:
+        """Dispatch what can run now; must not block."""
+        ...
+
+
+@dataclass
+class _Batch:
+    """Calls that belong together: done when all of them are."""
+
+    waiting: int
+    on_done: Callable[[], None]
+    what: str
+    started_s: float
+
+
+class CallLoop:
+    """Submits calls and routes their completion. Owned by one run, used from one thread."""
+
+    def __init__(self, backend: Backend, stage_timeout_s: float) -> None:
+        self.backend = backend
+        self.stage_timeout_s = stage_timeout_s
+        self._pumps: list[Pump] = []
+        self._open: dict[int, tuple[PendingCall, _Batch]] = {}
+
+    def attach(self, pump: Pump) -> None:
+        """Let `pump` dispatch in this loop from now on."""
+        self._pumps.append(pump)
+
+    def detach(self, pump: Pump) -> None:
+        """Stop asking `pump`."""
+        self._pumps.remove(pump)
+
+    def submit(self, calls: Sequence[PendingCall], on_done: Callable[[], None], what: str) -> None:
+        """Watch calls that were just started; `on_done` runs when the last of them is done."""
+        batch = _Batch(len(calls), on_done, what, time.monotonic())
+        for call in calls:
+            self._open[id(call)] = (call, batch)
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """Dispatch and wait until `is_done()`.
+
+        Raises:
+            WorkerError: a call raised or its worker died.
+            WaitTimeoutError: calls outlasted `stage_timeout_s`.
+            FlowError: nothing runs and nothing can be dispatched.
+        """
+        while not is_done():
+            for pump in tuple(self._pumps):
+                pump.pump()
+            if is_done():
+                return
+            if not self._open:
+                raise FlowError("the flow stalls: no call runs and none can be dispatched")
+            self._wait()
+
+    def _wait(self) -> None:
+        calls = [call for call, _ in self._open.values()]
+        try:
+            done = self.backend.wait_any(calls, min(_POLL_S, self.stage_timeout_s))
+        except WaitTimeoutError:
+            self._check_deadlines()
+            return
+        for call in done:
+            _, batch = self._open.pop(id(call))
+            batch.waiting -= 1
+            if batch.waiting == 0:
+                batch.on_done()
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        late = [
+            f"{batch.what} on {call.worker.model_name}.r{call.worker.replica}.{call.worker.rank}"
+            f" for {now - batch.started_s:.0f} s"
+            for call, batch in self._open.values()
+            if now - batch.started_s > self.stage_timeout_s
+        ]
+        if late:
+            raise WaitTimeoutError(
+                f"stages outlasted runtime.stage_timeout_s={self.stage_timeout_s:g}: "
+                + "; ".join(late[:8])
+                + ". Raise the limit if the stage is just slow."
+            )

@@ -1,0 +1,233 @@
+"""Runs a traced flow over rows: stages stream micro-batches to each other as soon as they can.
+
+Driver side. Only row ids and handles pass through the driver; the rows themselves go from worker
+to worker. A call's inputs are joined by row id in the worker, so replica counts and batch sizes
+may differ freely along the flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chatlearn.data.stream import cut_batch
+from chatlearn.flow.graph import ROOT
+from chatlearn.flow.node_queue import NodeQueue
+from chatlearn.flow.stage import StageCall, StageInput, TrainCall, run_stage, run_train
+
+if TYPE_CHECKING:
+    from chatlearn.data.rows import RowId
+    from chatlearn.flow.call_loop import CallLoop
+    from chatlearn.flow.graph import FlowGraph, FlowNode
+    from chatlearn.flow.lanes import Lane, LanePool
+    from chatlearn.flow.stage import StageReport
+    from chatlearn.runtime.contract import PendingCall, RemoteValue
+
+__all__ = ["FlowRun", "FlowSettings", "RowSource", "StageRecord"]
+
+TRAIN_METHOD = "train_step"
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Where a row's values lie: the producer's name and a handle on the batch that holds them."""
+
+    producer: str
+    batch: RemoteValue
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One finished call, for metrics and the timeline."""
+
+    flow_name: str
+    model_name: str
+    method_name: str
+    lane: str
+    report: StageReport
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How a flow is cut into calls.
+
+    Attributes:
+        batch_sizes: rows of one call, by model; None or absent: an even share for each lane.
+        train_micro_batch_size: rows of one micro-batch of a training call.
+        is_deterministic: compose batches by row id, not by arrival.
+        iteration: what modules get as `iteration` in training calls.
+    """
+
+    batch_sizes: Mapping[str, int | None]
+    train_micro_batch_size: int = 1
+    is_deterministic: bool = False
+    iteration: int = 0
+
+
+class FlowRun:
+    """One pass of a set of rows through one flow; attach it to a CallLoop to make it move.
+
+    Args:
+        graph: the traced flow.
+        rows: the raw batch: for each row, in order, where its values lie.
+        loop: carries the calls.
+        pool: free lanes of every model.
+        settings: how to cut.
+        on_row: called with a row and its sources once every returned value holds it.
+        on_stage: called with every finished call.
+    """
+
+    def __init__(
+        self,
+        graph: FlowGraph,
+        rows: Mapping[RowId, tuple[RowSource, ...]],
+        loop: CallLoop,
+        pool: LanePool,
+        settings: FlowSettings,
+        on_row: Callable[[RowId, tuple[RowSource, ...]], None] = lambda _row, _sources: None,
+        on_stage: Callable[[StageRecord], None] = lambda _record: None,
+    ) -> None:
+        self._graph = graph
+        self._rows = rows
+        self._loop = loop
+        self._pool = pool
+        self._settings = settings
+        self._on_row = on_row
+        self._on_stage = on_stage
+        self._sources: list[dict[RowId, RowSource]] = [{} for _ in graph.nodes]
+        self._queues = [self._build_queue(node) for node in graph.nodes]
+        self._outputs_missing = dict.fromkeys(rows, len(graph.outputs))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every call of the flow has finished."""
+        return all(queue.is_finished for queue in self._queues)
+
+    def finished_rows(self, node_index: int) -> int:
+        """Rows that a node has finished (for progress)."""
+        return self._queues[node_index].num_finished
+
+    def pump(self) -> None:
+        """Dispatch whatever has its inputs and a free lane, upstream nodes first."""
+        for node, queue in zip(self._graph.nodes, self._queues, strict=True):
+            if not all(self._queues[index].is_finished for index in node.after):
+                continue
+            if node.method_name == TRAIN_METHOD:
+                self._dispatch_training(node, queue)
+            else:
+                self._dispatch_micro_batches(node, queue)
+
+    def _build_queue(self, node: FlowNode) -> NodeQueue:
+        num_lanes = len(self._pool.lanes(node.model_name))
+        if node.method_name == TRAIN_METHOD:
+            batch_size = len(self._rows)
+        else:
+            even_share = -(-len(self._rows) // num_lanes)
+            batch_size = self._settings.batch_sizes.get(node.model_name) or even_share
+        producers = tuple(sorted({index for index in node.inputs if index != ROOT}))
+        return NodeQueue(
+            tuple(self._rows), len(producers), batch_size, self._settings.is_deterministic
+        )
+
+    def _dispatch_micro_batches(self, node: FlowNode, queue: NodeQueue) -> None:
+        while queue.has_batch:
+            lane = self._pool.acquire(node.model_name)
+            if lane is None:
+                return
+            iteration = queue.num_dispatched
+            row_ids = queue.take()
+            call = StageCall(
+                node.method_name, row_ids, self._inputs(node, row_ids), iteration, node.constants
+            )
+            self._submit(node, lane, call, row_ids)
+
+    def _submit(
+        self, node: FlowNode, lane: Lane, call: StageCall, row_ids: tuple[RowId, ...]
+    ) -> None:
+        calls = lane.group.call(
+            run_stage, call, ranks=lane.ranks, num_outputs=2, flow_line=node.line
+        )
+        output_call = calls[lane.ranks.index(lane.output_rank)]
+
+        def finish() -> None:
+            self._pool.release(lane)
+            report = self._loop.backend.fetch(output_call, self._loop.stage_timeout_s, output=1)
+            self._record(node, lane.label, report)
+            self._finish_rows(node, row_ids, output_call.outputs[0])
+
+        self._loop.submit(calls, finish, f"{node.model_name}.{node.method_name}")
+
+    def _dispatch_training(self, node: FlowNode, queue: NodeQueue) -> None:
+        if not queue.has_batch:
+            return
+        lanes = self._pool.acquire_all(node.model_name)
+        if lanes is None:
+            return
+        row_ids = queue.take()
+        waiting = len(lanes)
+        for lane, call in zip(lanes, self.train_calls(node, row_ids), strict=True):
+            calls = lane.group.call(run_train, call, ranks=lane.ranks, flow_line=node.line)
+            output_call = calls[lane.ranks.index(lane.output_rank)]
+
+            def finish(lane: Lane = lane, output_call: PendingCall = output_call) -> None:
+                nonlocal waiting
+                report = self._loop.backend.fetch(output_call, self._loop.stage_timeout_s)
+                self._record(node, lane.label, report)
+                waiting -= 1
+                if waiting == 0:
+                    for each in lanes:
+                        self._pool.release(each)
+                    queue.finish(len(row_ids))
+
+            self._loop.submit(calls, finish, f"{node.model_name}.{node.method_name}")
+
+    def train_calls(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[TrainCall, ...]:
+        """The training calls of one global batch, one for each lane of the node's model."""
+        lanes = self._pool.lanes(node.model_name)
+        cut = cut_batch(row_ids, len(lanes), self._settings.train_micro_batch_size)
+        return tuple(
+            TrainCall(
+                node.method_name,
+                micro_batches,
+                self._inputs(node, [r for ids in micro_batches for r in ids] or row_ids[:1]),
+                self._settings.iteration,
+                node.constants,
+            )
+            for micro_batches in cut
+        )
+
+    def _inputs(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[StageInput, ...]:
+        batches: dict[str, dict[int, RemoteValue]] = {}
+        for index in dict.fromkeys(node.inputs):
+            for row_id in row_ids:
+                if index == ROOT:
+                    sources = self._rows[row_id]
+                else:
+                    sources = (self._sources[index][row_id],)
+                for source in sources:
+                    batches.setdefault(source.producer, {})[id(source.batch)] = source.batch
+        return tuple(
+            StageInput(producer, tuple(found.values())) for producer, found in batches.items()
+        )
+
+    def _finish_rows(self, node: FlowNode, row_ids: tuple[RowId, ...], batch: RemoteValue) -> None:
+        source = RowSource(f"{node.model_name}.{node.method_name}#{node.index}", batch)
+        self._sources[node.index].update(dict.fromkeys(row_ids, source))
+        self._queues[node.index].finish(len(row_ids))
+        for consumer, queue in zip(self._graph.nodes, self._queues, strict=True):
+            if node.index in consumer.inputs:
+                queue.add(row_ids)
+        if node.index in self._graph.outputs:
+            self._emit(node.index, row_ids)
+
+    def _emit(self, node_index: int, row_ids: tuple[RowId, ...]) -> None:
+        for row_id in row_ids:
+            self._outputs_missing[row_id] -= self._graph.outputs.count(node_index)
+            if self._outputs_missing[row_id] == 0:
+                outputs = dict.fromkeys(self._graph.outputs)
+                self._on_row(row_id, tuple(self._sources[index][row_id] for index in outputs))
+
+    def _record(self, node: FlowNode, lane: str, report: StageReport) -> None:
+        record = StageRecord(self._graph.name, node.model_name, node.method_name, lane, report)
+        self._on_stage(record)

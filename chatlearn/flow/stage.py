@@ -1,0 +1,182 @@
+"""What runs inside a worker for one call of a flow: join the inputs, call the method, report.
+
+These functions are handed to `WorkerGroup.call`; remote values in their records are resolved
+before they run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from chatlearn.data.rows import NamedInput, RowBatch, RowId, join_inputs
+from chatlearn.errors import DataError
+from chatlearn.models.invoke import invoke
+
+if TYPE_CHECKING:
+    from chatlearn.parallel.context import WorkerContext
+    from chatlearn.runtime.contract import RemoteValue
+
+__all__ = [
+    "StageCall",
+    "StageInput",
+    "StageReport",
+    "TrainCall",
+    "prepare_episode",
+    "run_stage",
+    "run_train",
+]
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """One input of a call: its producer's name and the batches that hold the rows."""
+
+    producer: str
+    batches: Sequence[RemoteValue | RowBatch]
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """One micro-batch of one flow node."""
+
+    method_name: str
+    row_ids: tuple[RowId, ...]
+    inputs: Sequence[StageInput]
+    iteration: int
+    constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class TrainCall:
+    """One global batch of one lane: its micro-batches (perhaps empty ones) in order."""
+
+    method_name: str
+    micro_batches: tuple[tuple[RowId, ...], ...]
+    inputs: Sequence[StageInput]
+    iteration: int
+    constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What the driver learns of a call besides its rows.
+
+    Attributes:
+        start_s: when the method began, seconds since the epoch.
+        end_s: when it returned.
+        num_rows: rows of the call.
+        metrics: metrics by name, as the module gave them.
+        row_statistics: means over the call's rows of what the method added, by name.
+    """
+
+    start_s: float
+    end_s: float
+    num_rows: int
+    metrics: Mapping[str, float]
+    row_statistics: Mapping[str, float]
+
+
+def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None, StageReport]:
+    """Run one micro-batch; only the lane's output rank gives rows back.
+
+    Raises:
+        DataError: inputs that do not fit together, or an output that is not as many rows.
+    """
+    batch = _join(call.row_ids, call.inputs)
+    producer = f"{context.model_name}.{call.method_name}"
+    start_s = time.time()
+    output = invoke(
+        context.module,
+        call.method_name,
+        batch.collate(),
+        row_ids=call.row_ids,
+        iteration=call.iteration,
+        constants=call.constants,
+    )
+    end_s = time.time()
+    metrics = context.module.take_metrics()
+    if not _is_output_rank(context):
+        return None, StageReport(start_s, end_s, len(batch), {}, {})
+    rows = RowBatch.from_output(call.row_ids, output, producer)
+    added = [key for key in rows.columns if key not in batch.columns]
+    statistics = _row_statistics(rows, added)
+    return rows, StageReport(start_s, end_s, len(batch), metrics, statistics)
+
+
+def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
+    """Run one global batch of this lane through a training method."""
+    micro_batches = _cut(call)
+    start_s = time.time()
+    result = invoke(
+        context.module,
+        call.method_name,
+        micro_batches,
+        row_ids=[list(ids) for ids in call.micro_batches],
+        iteration=call.iteration,
+        constants=call.constants,
+    )
+    end_s = time.time()
+    metrics = dict(context.module.take_metrics())
+    if result is not None:
+        if not isinstance(result, Mapping):
+            raise DataError(
+                f"{context.model_name}.{call.method_name} gave {type(result).__name__}; expected "
+                "None or a mapping of metric names to numbers"
+            )
+        metrics.update(_as_numbers(cast("Mapping[str, Any]", result), context.model_name))
+    num_rows = sum(map(len, call.micro_batches))
+    return StageReport(start_s, end_s, num_rows, metrics, {})
+
+
+def prepare_episode(context: WorkerContext, calls: Sequence[TrainCall]) -> StageReport:
+    """Show a trainer every global batch of the episode before its first update."""
+    start_s = time.time()
+    batches = [_cut(call) for call in calls]
+    row_ids = [[list(ids) for ids in call.micro_batches] for call in calls]
+    context.module.prepare_episode_batches(batches, row_ids)
+    num_rows = sum(len(ids) for call in calls for ids in call.micro_batches)
+    return StageReport(start_s, time.time(), num_rows, context.module.take_metrics(), {})
+
+
+def _join(row_ids: Sequence[RowId], inputs: Sequence[StageInput]) -> RowBatch:
+    named = [
+        NamedInput(source.producer, RowBatch.concat(cast("Sequence[RowBatch]", source.batches)))
+        for source in inputs
+    ]
+    return join_inputs(row_ids, named)
+
+
+def _cut(call: TrainCall) -> list[dict[str, Any]]:
+    row_ids = [row_id for ids in call.micro_batches for row_id in ids]
+    # A lane without rows still shows the module the columns: the inputs hold a row of another.
+    sample = cast("RowBatch", call.inputs[0].batches[0]).row_ids[:1]
+    batch = _join(row_ids or sample, call.inputs)
+    return [batch.select(ids).collate() for ids in call.micro_batches]
+
+
+def _is_output_rank(context: WorkerContext) -> bool:
+    at = context.layout.coordinates(context.rank)
+    return context.layout.output_rank(at.dp_rank) == context.rank
+
+
+def _row_statistics(rows: RowBatch, added: Sequence[str]) -> dict[str, float]:
+    """Mean reward and response length, where the method added those columns."""
+    statistics: dict[str, float] = {}
+    if not rows.row_ids:
+        return statistics
+    if "rewards" in added:
+        statistics["reward"] = sum(float(r) for r in rows.columns["rewards"]) / len(rows)
+    if "response_token_ids" in added:
+        lengths = [len(ids) for ids in rows.columns["response_token_ids"]]
+        statistics["response_length"] = sum(lengths) / len(rows)
+    return statistics
+
+
+def _as_numbers(metrics: Mapping[str, Any], model_name: str) -> dict[str, float]:
+    try:
+        return {str(key): float(value) for key, value in metrics.items()}
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{model_name}: metrics must be numbers: {error}") from error
