@@ -4,11 +4,21 @@ A batch holds one list of values per column, one value per row. Tensors are stac
 module's method is called (`collate`), so rows of different lengths need no padding on the way.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from chatlearn.data.packing import pack_column, unpack_column
+from chatlearn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["NamedInput", "RowBatch", "RowId", "join_inputs"]
+
+_SHOWN = 5
 
 
 class RowId(NamedTuple):
@@ -21,6 +31,9 @@ class RowId(NamedTuple):
     prompt: int
     sample: int
 
+    def __str__(self) -> str:
+        return f"{self.prompt}.{self.sample}"
+
 
 @dataclass(frozen=True)
 class RowBatch:
@@ -32,22 +45,57 @@ class RowBatch:
     def __len__(self) -> int:
         return len(self.row_ids)
 
-    @classmethod
-    def from_rows(cls, row_ids: Sequence[RowId], rows: Sequence[Mapping[str, Any]]) -> "RowBatch":
-        """Build from one mapping per row; all rows have the same keys (DataError otherwise)."""
-        raise NotImplementedError
+    def __reduce__(self) -> tuple[Callable[..., RowBatch], tuple[Any, ...]]:
+        packed = {key: pack_column(values) for key, values in self.columns.items()}
+        return (_rebuild_batch, (self.row_ids, packed))
 
     @classmethod
-    def from_output(
-        cls, row_ids: Sequence[RowId], output: Mapping[str, Any], producer: str
-    ) -> "RowBatch":
+    def from_rows(cls, row_ids: Sequence[RowId], rows: Sequence[Mapping[str, Any]]) -> RowBatch:
+        """Build from one mapping per row.
+
+        Raises:
+            DataError: a row is no mapping, rows have different keys, or there are not as many
+                rows as ids.
+        """
+        if len(row_ids) != len(rows):
+            raise DataError(f"got {len(rows)} rows for {len(row_ids)} row ids")
+        columns: dict[str, list[Any]] = {}
+        for row_id, row in zip(row_ids, rows, strict=True):
+            if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise DataError(
+                    f"row {row_id} is a {type(row).__name__}; expected a mapping of column names "
+                    "to values (build_dataset makes such rows)"
+                )
+            if not columns:
+                columns = {key: [] for key in row}
+            if row.keys() != columns.keys():
+                raise DataError(
+                    f"row {row_id} has the keys {sorted(row)}; the rows before it have "
+                    f"{sorted(columns)}: give every row the same keys"
+                )
+            for key, value in row.items():
+                columns[key].append(value)
+        return cls(tuple(row_ids), columns)
+
+    @classmethod
+    def from_output(cls, row_ids: Sequence[RowId], output: Any, producer: str) -> RowBatch:
         """Cut a method's output (values with a leading batch axis) into rows.
 
         Raises:
             DataError: not a mapping of str to tensors or sequences, or a column whose length is
                 not the number of rows; names `producer` and the column.
         """
-        raise NotImplementedError
+        if not isinstance(output, Mapping):
+            raise DataError(
+                f"{producer} gave {type(output).__name__}; expected a dict of column names to "
+                "tensors or lists with one entry per row"
+            )
+        columns: dict[str, list[Any]] = {}
+        for key, value in cast("Mapping[Any, Any]", output).items():
+            if not isinstance(key, str):
+                raise DataError(f"{producer} gave the key {key!r}; expected column names as str")
+            columns[key] = _cut_column(value, len(row_ids), f"{producer}: column {key!r}")
+        return cls(tuple(row_ids), columns)
 
     def collate(self) -> dict[str, Any]:
         """The dict that a module's method gets: tensors stacked where shapes and dtypes agree.
@@ -55,20 +103,54 @@ class RowBatch:
         Columns whose values are tensors of one shape and dtype become [rows, ...] tensors;
         every other column stays a list.
         """
-        raise NotImplementedError
+        return {key: _stack(values) for key, values in self.columns.items()}
 
-    def select(self, row_ids: Sequence[RowId]) -> "RowBatch":
-        """The given rows in the given order (DataError names rows that are missing)."""
-        raise NotImplementedError
+    def select(self, row_ids: Sequence[RowId]) -> RowBatch:
+        """The given rows in the given order.
+
+        Raises:
+            DataError: some of them are not here.
+        """
+        if tuple(row_ids) == self.row_ids:
+            return self
+        position = {row_id: at for at, row_id in enumerate(self.row_ids)}
+        missing = [row_id for row_id in row_ids if row_id not in position]
+        if missing:
+            raise DataError(f"{len(missing)} rows are missing: {_list_rows(missing)}")
+        order = [position[row_id] for row_id in row_ids]
+        columns = {key: [values[at] for at in order] for key, values in self.columns.items()}
+        return RowBatch(tuple(row_ids), columns)
 
     @classmethod
-    def concat(cls, batches: Iterable["RowBatch"]) -> "RowBatch":
-        """Batches with the same columns, one after another (DataError on a doubled row)."""
-        raise NotImplementedError
+    def concat(cls, batches: Iterable[RowBatch]) -> RowBatch:
+        """Batches with the same columns, one after another.
+
+        Raises:
+            DataError: no batch, different columns, or a row that occurs twice.
+        """
+        parts = list(batches)
+        if not parts:
+            raise DataError("there are no batches to put together")
+        keys = parts[0].columns.keys()
+        for part in parts:
+            if part.columns.keys() != keys:
+                raise DataError(
+                    f"batches have different columns: {sorted(keys)} and {sorted(part.columns)}"
+                )
+        row_ids = tuple(row_id for part in parts for row_id in part.row_ids)
+        if len(set(row_ids)) != len(row_ids):
+            doubled = [row_id for row_id in dict.fromkeys(row_ids) if row_ids.count(row_id) > 1]
+            raise DataError(f"rows occur twice: {_list_rows(doubled)}")
+        if len(parts) == 1:
+            return parts[0]
+        columns = {key: [value for part in parts for value in part.columns[key]] for key in keys}
+        return cls(row_ids, columns)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One dict per row, in order."""
-        raise NotImplementedError
+        return [
+            {key: values[at] for key, values in self.columns.items()} for at in range(len(self))
+        ]
 
 
 @dataclass(frozen=True)
@@ -86,4 +168,92 @@ def join_inputs(row_ids: Sequence[RowId], inputs: Sequence[NamedInput]) -> RowBa
         DataError: an input lacks a row, or two inputs share a key with different content; names
             both producers, the key and the first row that differs.
     """
-    raise NotImplementedError
+    columns: dict[str, list[Any]] = {}
+    owner: dict[str, str] = {}
+    for source in inputs:
+        try:
+            chosen = source.batch.select(row_ids)
+        except DataError as error:
+            raise DataError(f"input from {source.producer}: {error}") from error
+        for key, values in chosen.columns.items():
+            if key in columns:
+                _check_same(key, row_ids, columns[key], values, (owner[key], source.producer))
+            else:
+                columns[key], owner[key] = values, source.producer
+    return RowBatch(tuple(row_ids), columns)
+
+
+def _rebuild_batch(row_ids: tuple[RowId, ...], packed: Mapping[str, Any]) -> RowBatch:
+    return RowBatch(row_ids, {key: unpack_column(column) for key, column in packed.items()})
+
+
+def _check_same(
+    key: str,
+    row_ids: Sequence[RowId],
+    first: list[Any],
+    second: list[Any],
+    producers: tuple[str, str],
+) -> None:
+    for row_id, one, other in zip(row_ids, first, second, strict=True):
+        if one is not other and not _is_same(one, other):
+            raise DataError(
+                f"{producers[0]} and {producers[1]} both give the key {key!r}, with different "
+                f"content (first at row {row_id}): rename it in one of them"
+            )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    import torch
+
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+            return False
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        if one.is_floating_point():
+            return bool(torch.equal(one, other) or torch.allclose(one, other, 0, 0, equal_nan=True))
+        return torch.equal(one, other)
+    if hasattr(one, "__array__") or hasattr(other, "__array__"):
+        import numpy as np
+
+        return type(one) is type(other) and bool(np.array_equal(one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other or (one != one and other != other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _cut_column(value: Any, num_rows: int, what: str) -> list[Any]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        length = value.shape[0] if value.dim() else 0
+        if value.dim() == 0 or length != num_rows:
+            raise DataError(
+                f"{what} is a tensor of shape {tuple(value.shape)}; expected a first axis of "
+                f"{num_rows}, one entry per row"
+            )
+        return list(value.detach().cpu().unbind(0))
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        raise DataError(
+            f"{what} is a {type(value).__name__}; expected a tensor or a list with {num_rows} "
+            "entries, one per row"
+        )
+    if len(value) != num_rows:
+        raise DataError(f"{what} has {len(value)} entries; expected {num_rows}, one per row")
+    return [v.detach().cpu() if isinstance(v, torch.Tensor) else v for v in value]
+
+
+def _stack(values: list[Any]) -> Any:
+    import torch
+
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        return list(values)
+    first = values[0]
+    if any(value.shape != first.shape or value.dtype != first.dtype for value in values):
+        return list(values)
+    return torch.stack(values)
+
+
+def _list_rows(row_ids: Sequence[RowId]) -> str:
+    shown = ", ".join(map(str, row_ids[:_SHOWN]))
+    return shown + (f" and {len(row_ids) - _SHOWN} more" if len(row_ids) > _SHOWN else "")
