@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.data.rows import NamedInput, RowBatch, RowId, join_inputs
 from chatlearn.errors import DataError
-from chatlearn.models.invoke import invoke
+from chatlearn.models.invoke import invoke, invoke_prepare_episode
 
 if TYPE_CHECKING:
     from chatlearn.parallel.context import WorkerContext
@@ -136,7 +136,7 @@ def prepare_episode(context: WorkerContext, calls: Sequence[TrainCall]) -> Stage
     start_s = time.time()
     batches = [_cut(call) for call in calls]
     row_ids = [[list(ids) for ids in call.micro_batches] for call in calls]
-    context.module.prepare_episode_batches(batches, row_ids)
+    invoke_prepare_episode(context.module, batches, row_ids)
     num_rows = sum(len(ids) for call in calls for ids in call.micro_batches)
     return StageReport(start_s, time.time(), num_rows, context.module.take_metrics(), {})
 

@@ -1,4 +1,4 @@
-"""BaseModule: what users subclass, on the driver a description, in a worker the model itself.
+"""BaseModule: what users subclass; on the driver a description, in a worker the model itself.
 
 The same object is made in the user's program and pickled into every worker of the model, so a
 constructor must be light; `setup` builds what is heavy.
@@ -6,17 +6,25 @@ constructor must be light; `setup` builds what is heavy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from chatlearn.errors import ChatLearnError, FlowError
+from chatlearn.models.plain_weights import (
+    describe_state_dict,
+    load_state,
+    save_state,
+    state_tensors,
+)
+from chatlearn.models.tracing import wrap_public_methods
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
     from torch.distributed import ProcessGroup
 
     from chatlearn.config import ModelConfig, RuntimeConfig
-    from chatlearn.data.rows import RowId
     from chatlearn.parallel.context import WorkerContext
     from chatlearn.parallel.layout import ParallelLayout
     from chatlearn.parallel.sharding import TensorShard
@@ -25,7 +33,202 @@ __all__ = ["BaseModule"]
 
 
 class BaseModule:
-    """One model of a flow."""
+    """One model of a flow.
 
-    def __init__(self, name: str) -> None:
+    Users override `setup`, `forward_step`, `train_step`, `eval_step`, `build_dataset`,
+    `save_checkpoint`, `before_episode`, `after_episode`, or add methods of their own and call
+    them in a flow. A plain module holds any torch model in `self.model`.
+
+    Attributes:
+        name: the model's name in flows, config and messages.
+        args: options of the user's own, given to the constructor.
+        row_ids: during a call, the ids of its rows (in `train_step`: a list for each
+            micro-batch).
+        iteration: during a call, how many of its kind came before.
+        policy_version: weight syncs received so far.
+    """
+
+    needs_whole_episode: ClassVar[bool] | bool = False
+
+    def __init__(self, name: str, args: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(name, str) or not name.isidentifier():  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise FlowError(
+                f"a model's name is an identifier such as 'policy' (it is a key of the config), "
+                f"got {name!r}"
+            )
         self.name = name
+        self.args = dict(args or {})
+        self.model: Any = None
+        self.optimizer: Any = None
+        self.row_ids: Any = ()
+        self.iteration = 0
+        self.policy_version = 0
+        self._context: WorkerContext | None = None
+        self._module_args: ModelConfig | None = None
+        self._runtime_args: RuntimeConfig | None = None
+        self._metrics: dict[str, float] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        wrap_public_methods(cls, BaseModule)
+
+    # What users override.
+
+    def setup(self) -> None:
+        """Build the model; runs once in every worker, after its process world is up."""
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Inference on one micro-batch.
+
+        Args:
+            data: columns of the rows; tensors [rows, ...] where shapes agree, lists elsewhere.
+
+        Returns:
+            Columns with as many rows, in the same order.
+        """
+        raise ChatLearnError(f"model {self.name!r} has no forward_step: {type(self).__name__}")
+
+    def train_step(self, data: list[dict[str, Any]]) -> Mapping[str, float] | None:
+        """One update on this rank's part of a global batch.
+
+        Args:
+            data: its micro-batches, each like the argument of `forward_step`; some may have no
+                rows, so that every rank has equally many.
+
+        Returns:
+            Metrics by name, or None.
+        """
+        raise ChatLearnError(f"model {self.name!r} has no train_step: {type(self).__name__}")
+
+    def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Evaluation of one micro-batch; like `forward_step`."""
+        raise ChatLearnError(f"model {self.name!r} has no eval_step: {type(self).__name__}")
+
+    def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> Sequence[Any]:
+        """Rows of the data set: one mapping per prompt (a torch Dataset serves, too).
+
+        The default passes mappings through and turns anything else into `{"prompt": x}`.
+        """
+        return [dict(p) if isinstance(p, Mapping) else {"prompt": p} for p in prompts]
+
+    def save_checkpoint(self, iteration: int) -> None:
+        """Save the model under `self.checkpoint_dir`; every rank calls it.
+
+        The default saves `self.model` and `self.optimizer` by their state dicts, once.
+        """
+        if self.model is not None and self.data_parallel_rank == 0:
+            save_state(self.checkpoint_dir, self.model, self.optimizer, iteration)
+
+    def before_episode(self) -> None:
+        """Called on every worker when an episode begins."""
+
+    def after_episode(self) -> None:
+        """Called on every worker when an episode has ended."""
+
+    # What users may call or read inside a worker.
+
+    @property
+    def context(self) -> WorkerContext:
+        """The worker this module lives in; an error on the driver."""
+        if self._context is None:
+            raise ChatLearnError(
+                f"model {self.name!r} is only a description here: its worker attributes exist "
+                "inside its workers (in setup, forward_step, ...)"
+            )
+        return self._context
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """Parallel layout of this replica."""
+        return self.context.layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors belong."""
+        return self.context.device
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This rank's position among those with the same shard."""
+        return self.layout.coordinates(self.context.rank).dp_rank
+
+    @property
+    def data_parallel_group(self) -> ProcessGroup | None:
+        """Ranks with the same shard as this one; None where there is only this one."""
+        return self.context.data_parallel_group
+
+    @property
+    def module_args(self) -> ModelConfig:
+        """This model's section of the config."""
+        if self._module_args is None:
+            raise ChatLearnError(f"model {self.name!r} has no config here: it is set in workers")
+        return self._module_args
+
+    @property
+    def runtime_args(self) -> RuntimeConfig:
+        """The config's runtime section."""
+        if self._runtime_args is None:
+            raise ChatLearnError(f"model {self.name!r} has no config here: it is set in workers")
+        return self._runtime_args
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Megatron's fields and free options of this model, in one dict."""
+        return {**self.module_args.megatron, **self.module_args.args, **self.args}
+
+    def is_last_rank(self) -> bool:
+        """Whether this is the replica's last rank."""
+        return self.context.rank == self.layout.world_size - 1
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Report numbers; the driver averages them over calls, weighted by rows."""
+        self._metrics.update({name: float(value) for name, value in metrics.items()})
+
+    # What the framework calls; a backend such as the Megatron module overrides some.
+
+    def attach(
+        self,
+        context: WorkerContext,
+        module_args: ModelConfig,
+        runtime_args: RuntimeConfig,
+        run_dir: Path,
+    ) -> None:
+        """Bind this object to the worker that it lives in."""
+        self._context = context
+        self._module_args = module_args
+        self._runtime_args = runtime_args
+        self.run_dir = run_dir
+        self.checkpoint_dir = run_dir / "checkpoints" / self.name
+
+    def initialize(self) -> None:
+        """Prepare the process for the model; runs after `attach`, before `setup`."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """What was logged since the last time, and forget it."""
+        taken, self._metrics = self._metrics, {}
+        return taken
+
+    def weight_shards(self) -> tuple[TensorShard, ...]:
+        """Description of the weights of this rank, for weight sync."""
+        return describe_state_dict(self.name, self.model)
+
+    def weight_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The live tensors that `weight_shards` speaks of, by local name."""
+        return state_tensors(self.name, self.model)
+
+    def after_weight_sync(self, version: int) -> None:
+        """New weights have been written into `weight_tensors`."""
+        self.policy_version = version
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Load what `save_checkpoint` saved."""
+        load_state(folder, self.model, self.optimizer, self.device)
+
+    def prepare_episode(self, batches: list[list[dict[str, Any]]]) -> None:
+        """See every global batch of an episode before its first update.
+
+        Called on trainers whose `needs_whole_episode` is True. `self.row_ids` is nested alike.
+
+        Args:
+            batches: this rank's micro-batches of each global batch.
+        """

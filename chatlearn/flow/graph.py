@@ -1,0 +1,117 @@
+"""The traced flow as a frozen record: nodes, edges, returned values. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from chatlearn.errors import FlowError
+
+__all__ = ["ROOT", "FlowGraph", "FlowNode", "describe_graph", "sort_nodes"]
+
+ROOT = -1
+
+
+@dataclass(frozen=True)
+class FlowNode:
+    """One model call.
+
+    Attributes:
+        index: position in the graph; a node's inputs have smaller indices.
+        model_name: the model.
+        method_name: its method.
+        inputs: indices of the nodes whose rows it takes; ROOT is the raw batch.
+        line: `file:line: source` of the call in the user's flow.
+        constants: keyword arguments that are plain values.
+        after: nodes that must have finished first, without giving data.
+    """
+
+    index: int
+    model_name: str
+    method_name: str
+    inputs: tuple[int, ...]
+    line: str
+    constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class FlowGraph:
+    """A flow: its calls in an order that respects every dependency.
+
+    Attributes:
+        name: `environment`, `trainer` or `evaluator`.
+        nodes: the calls.
+        outputs: indices of the returned values, in order, each once.
+    """
+
+    name: str
+    nodes: tuple[FlowNode, ...]
+    outputs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise FlowError(
+                f"the {self.name} flow calls no model: call a method of a module on the batch"
+            )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The models, in order of their first call."""
+        return tuple(dict.fromkeys(node.model_name for node in self.nodes))
+
+
+def sort_nodes(name: str, nodes: Sequence[FlowNode], outputs: Sequence[int]) -> FlowGraph:
+    """A graph of recorded calls, re-ordered so that dependencies come first.
+
+    Raises:
+        FlowError: control dependencies close a cycle; names the lines in it.
+    """
+    order: list[int] = []
+    placed: set[int] = set()
+    left = list(range(len(nodes)))
+    while left:
+        ready = [
+            index
+            for index in left
+            if all(i == ROOT or i in placed for i in (*nodes[index].inputs, *nodes[index].after))
+        ]
+        if not ready:
+            lines = "\n".join(f"  {nodes[index].line}" for index in left)
+            raise FlowError(f"control dependencies of the {name} flow close a cycle:\n{lines}")
+        order.append(ready[0])
+        placed.add(ready[0])
+        left.remove(ready[0])
+    position = {old: new for new, old in enumerate(order)}
+    position[ROOT] = ROOT
+    moved = tuple(
+        FlowNode(
+            position[old],
+            nodes[old].model_name,
+            nodes[old].method_name,
+            tuple(position[index] for index in nodes[old].inputs),
+            nodes[old].line,
+            nodes[old].constants,
+            tuple(position[index] for index in nodes[old].after),
+        )
+        for old in order
+    )
+    return FlowGraph(name, moved, tuple(position[index] for index in dict.fromkeys(outputs)))
+
+
+def describe_graph(graph: FlowGraph) -> list[tuple[str, str, str, str]]:
+    """Rows of a table: call, its inputs, what it waits for, and whether it is returned."""
+
+    def label(index: int) -> str:
+        if index == ROOT:
+            return "batch"
+        return f"{graph.nodes[index].model_name}.{graph.nodes[index].method_name}"
+
+    return [
+        (
+            label(node.index),
+            ", ".join(map(label, node.inputs)),
+            ", ".join(map(label, node.after)),
+            "yes" if node.index in graph.outputs else "",
+        )
+        for node in graph.nodes
+    ]
