@@ -1,0 +1,53 @@
+"""Keys that users of ChatLearn know and that are not supported, with what to use instead."""
+
+__all__ = ["UNSUPPORTED"]
+
+_OFFLOAD = "models that share a device keep their memory; give each model its own devices"
+_LORA = "train all weights"
+_RESUME = "set models.<name>.load to the checkpoint folder to start from"
+_PROFILE = "timeline.json in the run folder shows every stage"
+
+UNSUPPORTED: dict[str, dict[str, str]] = {
+    "runtime_env": {"platform": "start the cluster with scripts/run_ray_cluster.sh"},
+    "models": {
+        "batch_generation": "generation batches continuously, without sorting by length",
+        "config_dir": "paths are relative to the config file",
+        "args_dict": "write the fields flat, or use args for free options",
+        "force_free_memory": _OFFLOAD,
+        "free_grad_buffers": _OFFLOAD,
+        "free_memory": _OFFLOAD,
+        "fsdp_size": "use Megatron's use_distributed_optimizer",
+        "lora": _LORA,
+        "model_type": "set module",
+        "num_replica": "it follows from num_gpu: num_gpu / (TP x PP x CP)",
+        "offload_optimizer_states": _OFFLOAD,
+        "offload_weights": _OFFLOAD,
+        "sp_size": "use context_parallel_size, or sequence_parallel with TP",
+        "zero_size": "use Megatron's use_distributed_optimizer",
+    },
+    "runtime": {
+        "bucket_size_mb_in_memory_manager": _OFFLOAD,
+        "coalesced_buffer_mb": "weight sync chooses its buckets",
+        "concurrent_comm": "weight sync is always concurrent",
+        "concurrent_setup": "models are always set up at the same time",
+        "consumed_samples": "it is state of the run, not a setting",
+        "cpu_schedule_strategy": "CPU-only models are packed",
+        "data_checkpoint_path": _RESUME,
+        "data_rerank": "samples of one prompt are spread over the replicas by batch",
+        "enable_resume_training": _RESUME,
+        "free_sync_collective_group": "the groups are kept for the run",
+        "load_data_checkpoint_iteration": _RESUME,
+        "log_config_file": "write enable_tensorboard, enable_wandb, wandb_project under runtime",
+        "log_interval": "metrics are written every episode",
+        "max_data_ckpt_nums": "use save_total_limit",
+        "max_iteration_per_sample": "write the loop as a method of a module",
+        "nsys": _PROFILE,
+        "param_sync_comm_type": "weight sync sends point to point",
+        "param_sync_max_workers": "every worker takes part in weight sync",
+        "policy_to_regroup_queue": "rows are always joined by row id",
+        "profiler_dir": _PROFILE,
+        "routed_expert_regrouping_comm_type": "weight sync moves experts like other weights",
+        "save_interval": "use save_episode_interval",
+    },
+    "": {"rlhf": "the section is called runtime"},
+}

@@ -1,0 +1,120 @@
+"""Combinations that cannot work, each with the sum that does not add up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chatlearn.config.schema import Config, ModelConfig, RuntimeConfig
+
+__all__ = ["find_contradictions"]
+
+_UNEVEN = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+def find_contradictions(config: Config) -> list[str]:
+    """Every contradiction, one line each; empty where there is none."""
+    problems = [line for name, model in config.models.items() for line in _check_model(name, model)]
+    problems.extend(_check_batches(config.runtime))
+    problems.extend(_check_colocation(config))
+    return problems
+
+
+def _check_model(name: str, model: ModelConfig) -> Iterator[str]:
+    path = f"models.{name}"
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    cp, ep = model.context_parallel_size, model.expert_model_parallel_size
+    ranks = tp * pp * cp
+    if model.num_gpu is not None and model.num_gpu > 0:
+        if model.num_gpu % ranks:
+            yield (
+                f"{path}: num_gpu={model.num_gpu} is no multiple of TP x PP x CP = "
+                f"{tp} x {pp} x {cp} = {ranks}"
+            )
+        if model.num_cpu:
+            yield f"{path}: num_gpu and num_cpu are both set; num_cpu is for models without a GPU"
+    if model.num_gpu == 0 and model.num_cpu == 0:
+        yield f"{path}: num_gpu and num_cpu are both 0; give the model one or the other"
+    if model.num_cpu and (ranks > 1 or model.num_cpu % model.cpu_per_process):
+        yield (
+            f"{path}: a CPU-only model has TP = PP = CP = 1 and num_cpu={model.num_cpu} a multiple "
+            f"of cpu_per_process={model.cpu_per_process}; got TP x PP x CP = {ranks}"
+        )
+    if ep > 1 and not model.megatron.get("num_moe_experts"):
+        yield f"{path}: expert_model_parallel_size={ep} needs num_moe_experts"
+    yield from _check_shapes(path, model, tp, pp)
+
+
+def _check_shapes(path: str, model: ModelConfig, tp: int, pp: int) -> Iterator[str]:
+    fields: dict[str, Any] = model.megatron
+    for key in ("num_attention_heads", "ffn_hidden_size", "moe_ffn_hidden_size"):
+        value = fields.get(key)
+        if isinstance(value, int) and value % tp:
+            yield f"{path}: {key}={value} is no multiple of tensor_model_parallel_size={tp}"
+    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if heads and hidden and not fields.get("kv_channels") and hidden % heads:
+        yield f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}"
+    groups = fields.get("num_query_groups")
+    if heads and groups and heads % groups:
+        yield f"{path}: num_attention_heads={heads} is no multiple of num_query_groups={groups}"
+    if groups and groups % tp and tp % groups:
+        yield f"{path}: num_query_groups={groups} and tensor_model_parallel_size={tp} do not divide"
+    yield from _check_depth(path, model, tp, pp)
+
+
+def _check_depth(path: str, model: ModelConfig, tp: int, pp: int) -> Iterator[str]:
+    fields: dict[str, Any] = model.megatron
+    layers, vpp = fields.get("num_layers"), model.virtual_pipeline_model_parallel_size
+    if vpp and vpp > 1 and pp == 1:
+        yield f"{path}: virtual_pipeline_model_parallel_size={vpp} needs more than one stage"
+    if layers and not any(fields.get(key) for key in _UNEVEN) and layers % (pp * (vpp or 1)):
+        yield f"{path}: num_layers={layers} is no multiple of PP x VPP = {pp} x {vpp or 1}"
+    if fields.get("sequence_parallel") and tp == 1:
+        yield f"{path}: sequence_parallel needs tensor_model_parallel_size > 1"
+    if fields.get("bf16") and fields.get("fp16"):
+        yield f"{path}: bf16 and fp16 are both true"
+    longest = fields.get("max_sequence_length")
+    if longest and model.generation.max_new_tokens >= longest:
+        yield (
+            f"{path}: generation.max_new_tokens={model.generation.max_new_tokens} leaves no room "
+            f"for a prompt in max_sequence_length={longest}"
+        )
+
+
+def _check_batches(runtime: RuntimeConfig) -> Iterator[str]:
+    micro, batch = runtime.train_micro_batch_size, runtime.train_global_batch_size
+    if batch is not None and batch % micro and batch > micro:
+        yield (
+            f"runtime: train_global_batch_size={batch} is no multiple of "
+            f"train_micro_batch_size={micro}"
+        )
+    if batch is not None and runtime.sample_per_episode is not None:
+        samples = runtime.sample_per_episode * runtime.num_samples_per_prompt
+        if batch > samples:
+            yield (
+                f"runtime: train_global_batch_size={batch} is more than an episode has: "
+                f"sample_per_episode x num_samples_per_prompt = {runtime.sample_per_episode} x "
+                f"{runtime.num_samples_per_prompt} = {samples}"
+            )
+    ratio, paths = runtime.data_ratio, runtime.data_path
+    if ratio is not None and paths is not None and len(ratio) != len(paths):
+        yield f"runtime: data_ratio has {len(ratio)} numbers for {len(paths)} files of data_path"
+
+
+def _check_colocation(config: Config) -> Iterator[str]:
+    seen: set[str] = set()
+    for group in config.runtime.colocation_groups:
+        for name in group:
+            if name not in config.models:
+                yield f"runtime.colocation: {name!r} is not one of the models {list(config.models)}"
+            if name in seen:
+                yield f"runtime.colocation: {name!r} is in more than one group"
+            seen.add(name)

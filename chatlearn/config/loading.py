@@ -1,0 +1,183 @@
+"""From raw content to the typed configuration, with every problem named at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+
+from chatlearn.config.chatlearn_keys import UNSUPPORTED
+from chatlearn.config.checks import find_contradictions
+from chatlearn.config.megatron_fields import MEGATRON_FIELDS
+from chatlearn.config.model_fields import MODEL_FIELDS
+from chatlearn.config.reading import apply_overrides, merge, read_source
+from chatlearn.config.schema import (
+    AlgorithmConfig,
+    Config,
+    GenerationConfig,
+    ModelConfig,
+    RuntimeConfig,
+    RuntimeEnvConfig,
+)
+from chatlearn.errors import ConfigError
+
+__all__ = ["dump_config", "load_config"]
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "list": (list, tuple),
+    "dict": (dict,),
+}
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Read, complete and check a configuration.
+
+    Args:
+        source: a YAML file or its content; None: `$CHATLEARN_CONFIG`, else nothing but defaults.
+        overrides: `key.path=value` entries.
+
+    Raises:
+        ConfigError: lists everything that is wrong, a line each.
+    """
+    if source is None:
+        source = os.environ.get("CHATLEARN_CONFIG") or {}
+    content = apply_overrides(read_source(source), overrides)
+    name = "the config" if isinstance(source, Mapping) else str(source)
+    problems: list[str] = []
+    content = _sort_model_fields(content, problems)
+    _find_unknown(content, problems)
+    config = None
+    if not problems:
+        try:
+            config = Config.model_validate(content)
+        except ValidationError as error:
+            problems.extend(_describe(error))
+    if config is not None:
+        problems.extend(find_contradictions(config))
+    if problems or config is None:
+        raise ConfigError("\n  ".join([f"{name} cannot be used:", *problems]))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one."""
+    content = config.model_dump(mode="json")
+    for section in content["models"].values():
+        section.update(section.pop("megatron"))
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def _sort_model_fields(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Move Megatron's flat fields below `megatron`, checking their kinds."""
+    models = content.get("models")
+    if not isinstance(models, Mapping):
+        return content
+    known = {name: kinds for group in MEGATRON_FIELDS.values() for name, kinds in group.items()}
+    known.update({name: field.kinds for name, field in MODEL_FIELDS.items()})
+    sorted_models: dict[str, Any] = {}
+    for model, section in cast("Mapping[str, Any]", models).items():
+        if not isinstance(section, Mapping):
+            sorted_models[model] = section if section is not None else {}
+            continue
+        own, megatron = {}, dict[str, Any]()
+        for key, value in cast("Mapping[str, Any]", section).items():
+            if key in ModelConfig.model_fields or key not in known:
+                own[key] = value
+                continue
+            megatron[key] = value
+            if not _is_kind(value, known[key]):
+                expected = " or ".join(known[key])
+                problems.append(_wrong_kind(f"models.{model}.{key}", value, expected))
+        if "num_device" in own:
+            _rename_num_device(model, own, problems)
+        if megatron:
+            own["megatron"] = merge(cast("dict[str, Any]", own.get("megatron") or {}), megatron)
+        sorted_models[model] = own
+    return {**content, "models": sorted_models}
+
+
+def _rename_num_device(model: str, own: dict[str, Any], problems: list[str]) -> None:
+    count = own.pop("num_device")
+    if own.setdefault("num_gpu", count) != count:
+        problems.append(
+            f"models.{model}: num_device is the old name of num_gpu, and they differ: "
+            f"{count} and {own['num_gpu']}; keep num_gpu"
+        )
+
+
+def _find_unknown(content: Mapping[str, Any], problems: list[str]) -> None:
+    _check_keys(content, "", tuple(Config.model_fields), "", problems)
+    flat = {name for group in MEGATRON_FIELDS.values() for name in group} | set(MODEL_FIELDS)
+    models = content.get("models")
+    for name, section in models.items() if isinstance(models, Mapping) else ():
+        path = f"models.{name}"
+        own = tuple(key for key in ModelConfig.model_fields if key != "megatron")
+        _check_keys(section, path, (*own, "megatron", *flat), "models", problems)
+        if isinstance(section, Mapping):
+            _check_keys(
+                section.get("generation"),
+                f"{path}.generation",
+                tuple(GenerationConfig.model_fields),
+                None,
+                problems,
+            )
+            _check_keys(section.get("megatron"), f"{path}.megatron", tuple(flat), None, problems)
+    runtime = content.get("runtime")
+    _check_keys(runtime, "runtime", tuple(RuntimeConfig.model_fields), "runtime", problems)
+    if isinstance(runtime, Mapping):
+        names = tuple(AlgorithmConfig.model_fields)
+        _check_keys(runtime.get("algorithm"), "runtime.algorithm", names, None, problems)
+    names = tuple(RuntimeEnvConfig.model_fields)
+    _check_keys(content.get("runtime_env"), "runtime_env", names, "runtime_env", problems)
+
+
+def _check_keys(
+    section: Any, path: str, known: Sequence[str], table: str | None, problems: list[str]
+) -> None:
+    if not isinstance(section, Mapping):
+        return
+    unsupported = UNSUPPORTED.get(table, {}) if table is not None else {}
+    for key in cast("Mapping[Any, Any]", section):
+        if key in known:
+            continue
+        where = f"{path}.{key}".lstrip(".")
+        if key in unsupported:
+            problems.append(f"{where}: known from ChatLearn but unsupported: {unsupported[key]}")
+            continue
+        close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known[:12])}"
+        problems.append(f"{where}: unknown key; {hint}")
+
+
+def _is_kind(value: Any, kinds: Sequence[str]) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, bool):
+        return "bool" in kinds
+    return any(isinstance(value, _KINDS[kind]) for kind in kinds)
+
+
+def _wrong_kind(path: str, value: Any, expected: str) -> str:
+    return f"{path}: got {value!r} ({type(value).__name__}), expected {expected}"
+
+
+def _describe(error: ValidationError) -> list[str]:
+    lines: list[str] = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("func"))
+        value = problem["input"]
+        shown = f"got {value!r} ({type(value).__name__})"
+        message = problem["msg"].removeprefix("Input should be ")
+        lines.append(f"{path}: {shown}, expected {message}")
+    return lines

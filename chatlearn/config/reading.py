@@ -1,0 +1,162 @@
+"""Reads YAML: includes, environment variables, overrides, per-model files. Data only, no code."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from chatlearn.errors import ConfigError
+
+__all__ = ["apply_overrides", "merge", "read_source"]
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which refuses doubled keys and reads 1e-5 as a number."""
+
+
+def _build_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    keys: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in keys:
+            mark = key_node.start_mark
+            raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key!r} occurs twice")
+        keys.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _build_mapping)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def read_source(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The raw content of a config: a mapping as it is, or a file with its includes.
+
+    Raises:
+        ConfigError: missing file, bad YAML, an include cycle, an unset variable.
+    """
+    if isinstance(source, Mapping):
+        return cast("dict[str, Any]", _expand(_plain(source), ""))
+    content = _read_file(Path(source), ())
+    _read_model_files(content, Path(source).parent)
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`key.path=value` entries put into the content; values are YAML scalars or flow lists.
+
+    Raises:
+        ConfigError: an entry without `=`, or a path through something that is no section.
+    """
+    for entry in overrides:
+        path, separator, text = entry.partition("=")
+        if not separator or not all(path.split(".")):
+            raise ConfigError(f"override {entry!r}: expected key.path=value")
+        nested: Any = _parse(text, f"override {entry!r}")
+        for key in reversed(path.split(".")):
+            nested = {key: nested}
+        content = merge(content, nested)
+    return content
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = merge(cast("Mapping[str, Any]", below), cast("Mapping[str, Any]", value))
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_file(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in within:
+        chain = " -> ".join(str(each) for each in (*within, resolved))
+        raise ConfigError(f"includes close a cycle: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text: {error.reason}") from error
+    content = _parse(text, str(path))
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(content).__name__}")
+    own = cast("dict[str, Any]", _expand(content, ""))
+    included = own.pop("includes", [])
+    if not isinstance(included, list):
+        raise ConfigError(f"{path}: includes: expected a list of files")
+    merged: dict[str, Any] = {}
+    for name in cast("list[Any]", included):
+        merged = merge(merged, _read_file(path.parent / str(name), (*within, resolved)))
+    return merge(merged, own)
+
+
+def _read_model_files(content: dict[str, Any], folder: Path) -> None:
+    models = content.get("models")
+    if not isinstance(models, dict):
+        return
+    for name, section in cast("dict[str, Any]", models).items():
+        if isinstance(section, dict) and isinstance(section.get("model_config_file"), str):
+            beneath = _read_file(folder / section["model_config_file"], ())
+            models[name] = merge(beneath, cast("dict[str, Any]", section))
+
+
+def _parse(text: str, name: str) -> Any:
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark is not None else name
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: nested too deeply") from error
+    finally:
+        loader.dispose()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in cast("Mapping[Any, Any]", value).items()}
+    return value
+
+
+def _expand(value: Any, path: str) -> Any:
+    """Replace `${NAME:default}` in texts; a whole-text variable is read as YAML."""
+    if isinstance(value, dict):
+        entries = cast("dict[Any, Any]", value)
+        return {key: _expand(entry, f"{path}.{key}".strip(".")) for key, entry in entries.items()}
+    if isinstance(value, list):
+        return [_expand(entry, path) for entry in cast("list[Any]", value)]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    text = _VARIABLE.sub(lambda match: _variable(match, path), value)
+    return _parse(text, path) if _VARIABLE.fullmatch(value) else text
+
+
+def _variable(match: re.Match[str], path: str) -> str:
+    name, default = match.group(1), match.group(2)
+    found = os.environ.get(name, default)
+    if found is None:
+        raise ConfigError(
+            f"{path}: the environment variable {name} is not set; set it, or give a default: "
+            f"${{{name}:value}}"
+        )
+    return found
