@@ -64,6 +64,7 @@ class WorkerError(ChatLearnError):
         flow_line: `file:line: source` of the flow call that the worker ran, if it ran one.
         worker_traceback: the worker's own traceback, empty where the worker died.
         is_death: the process is gone; otherwise it raised.
+        is_collateral: a broken connection, which often only follows another rank's failure.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class WorkerError(ChatLearnError):
         self.flow_line = flow_line
         self.worker_traceback = worker_traceback
         self.is_death = is_death
+        self.is_collateral = False
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_worker_error, (self.message, self.__dict__.copy()))

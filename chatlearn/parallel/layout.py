@@ -62,9 +62,7 @@ class ParallelLayout:
 
     def lane_ranks(self, dp_rank: int) -> tuple[int, ...]:
         """Ranks that work on the same rows: all those of one data-parallel copy."""
-        return tuple(
-            r for r in range(self.world_size) if self.coordinates(r).dp_rank == dp_rank
-        )
+        return tuple(r for r in range(self.world_size) if self.coordinates(r).dp_rank == dp_rank)
 
     def output_rank(self, dp_rank: int) -> int:
         """The rank whose result counts for a lane: first tp and cp rank, last pipeline stage."""

@@ -13,7 +13,6 @@ from chatlearn.runtime.placement import PlacementPlan
 
 if TYPE_CHECKING:
     from chatlearn.config import Config
-    from chatlearn.parallel.context import WorkerContext
 
 __all__ = ["Backend", "ModelSpec", "PendingCall", "RemoteValue", "WorkerGroup", "WorkerSummary"]
 
@@ -22,9 +21,8 @@ __all__ = ["Backend", "ModelSpec", "PendingCall", "RemoteValue", "WorkerGroup", 
 class RemoteValue:
     """A value that lives where it was made; only a backend looks inside `handle`.
 
-    May stand anywhere inside the arguments of `WorkerGroup.call` (also in lists, tuples, dicts
-    and dataclasses' fields that are lists of RemoteValue): the worker resolves it with
-    `WorkerContext`-free `resolve` of its backend before the function runs.
+    May stand anywhere inside the arguments of `WorkerGroup.call`, also in lists, tuples, dicts
+    and dataclass records: the worker has its value in that place when the function runs.
     """
 
     handle: Any
@@ -120,9 +118,11 @@ class Backend(Protocol):
         """Store a value where workers can read it."""
         ...
 
-    def wait_any(
-        self, calls: Sequence[PendingCall], timeout_s: float
-    ) -> tuple[PendingCall, ...]:
+    def get(self, value: RemoteValue, timeout_s: float) -> Any:
+        """Bring a value to the driver; errors as in `wait_any`."""
+        ...
+
+    def wait_any(self, calls: Sequence[PendingCall], timeout_s: float) -> tuple[PendingCall, ...]:
         """Block until at least one call is done; gives those that are.
 
         Raises:
@@ -139,5 +139,3 @@ class Backend(Protocol):
     def close(self) -> None:
         """Stop every worker that was started, and the cluster if this backend started it."""
         ...
-
-

@@ -1,8 +1,59 @@
 """Placement as data: which worker of which model goes to which device of which node. Pure."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-__all__ = ["DeviceSlot", "PlacementPlan", "WorkerPlace"]
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+from chatlearn.errors import ConfigError, PlacementError
+from chatlearn.parallel.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    from chatlearn.config import Config, ModelConfig
+
+__all__ = [
+    "DeviceInventory",
+    "DeviceSlot",
+    "ModelRequest",
+    "PlacementPlan",
+    "WorkerPlace",
+    "build_requests",
+    "describe_placement",
+    "plan_placement",
+]
+
+
+@dataclass(frozen=True)
+class DeviceInventory:
+    """The devices that there are.
+
+    Attributes:
+        num_nodes: machines.
+        devices_per_node: devices of each; None: as many logical slots as are asked for.
+        kind: `gpu`, or `logical` where slots stand for devices.
+    """
+
+    num_nodes: int
+    devices_per_node: int | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What one model asks for: replicas of one layout, on devices or on CPUs only."""
+
+    model_name: str
+    layout: ParallelLayout
+    num_replicas: int
+    is_cpu_only: bool
+    cpus_per_rank: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Worker processes of the model."""
+        return self.num_replicas * self.layout.world_size
 
 
 @dataclass(frozen=True)
@@ -23,8 +74,8 @@ class WorkerPlace:
         rank: its rank within the replica.
         group: index of the placement group (one for each colocation group).
         slot: the device; None for a CPU-only worker.
-        share: fraction of the device that this worker may reserve (1 / models that share it).
-        num_cpus: CPUs to reserve.
+        share: fraction of the device that this worker may reserve (1 / workers that share it).
+        num_cpus: CPUs of a CPU-only worker.
     """
 
     model_name: str
@@ -44,4 +95,170 @@ class PlacementPlan:
     groups: tuple[tuple[str, ...], ...]
     num_nodes: int
     devices_per_node: int
-    device_kind: str  # "gpu" or "logical"
+    device_kind: str
+
+
+def build_requests(
+    config: Config, names: Sequence[str], trainable: Sequence[str]
+) -> tuple[ModelRequest, ...]:
+    """What each model asks for, by its section of the config.
+
+    A trained model is one replica whose world includes its data-parallel copies; any other model
+    has one replica for each TP x PP x CP devices.
+
+    Raises:
+        ConfigError: the counts do not add up.
+    """
+    return tuple(_build_request(config.model(name), name, name in trainable) for name in names)
+
+
+def plan_placement(
+    requests: Sequence[ModelRequest],
+    colocation: Sequence[Sequence[str]],
+    inventory: DeviceInventory,
+) -> PlacementPlan:
+    """Place every rank; groups take devices side by side, in order.
+
+    Within a colocation group smaller models stand side by side on the group's devices, and
+    models that meet on a device share it.
+
+    Raises:
+        PlacementError: there are fewer devices than are asked for.
+    """
+    groups = _group_names(requests, colocation)
+    by_name = {request.model_name: request for request in requests}
+    sizes = [
+        max((r.num_ranks for n in group if not (r := by_name[n]).is_cpu_only), default=0)
+        for group in groups
+    ]
+    per_node = inventory.devices_per_node
+    if per_node is None:
+        per_node = max(1, ceil(sum(sizes) / inventory.num_nodes))
+    _check_capacity(groups, sizes, by_name, inventory, per_node)
+    places: list[WorkerPlace] = []
+    first = 0
+    for index, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        # A group that fits on a node does not straddle two.
+        if size <= per_node < first % per_node + size:
+            first = ceil(first / per_node) * per_node
+        places.extend(_place_group(index, [by_name[n] for n in group], first, size, per_node))
+        first += size
+    if first > inventory.num_nodes * per_node:
+        raise PlacementError(_shortage(groups, sizes, by_name, inventory, per_node))
+    return PlacementPlan(tuple(places), groups, inventory.num_nodes, per_node, inventory.kind)
+
+
+def describe_placement(plan: PlacementPlan) -> list[tuple[str, str, str, str, str]]:
+    """Rows of a table: group, model, replica, ranks, devices."""
+    rows: list[tuple[str, str, str, str, str]] = []
+    keys = dict.fromkeys((p.group, p.model_name, p.replica) for p in plan.places)
+    for group, name, replica in keys:
+        own = [p for p in plan.places if (p.model_name, p.replica) == (name, replica)]
+        slots = [f"{p.slot.node}:{p.slot.device}" for p in own if p.slot is not None]
+        shown = slots[0] if len(slots) == 1 else f"{slots[0]} .. {slots[-1]}" if slots else "CPU"
+        share = own[0].share
+        shared = f" (1/{round(1 / share)} each)" if slots and share < 1 else ""
+        rows.append((str(group), name, str(replica), str(len(own)), shown + shared))
+    return rows
+
+
+def _build_request(model: ModelConfig, name: str, is_trainable: bool) -> ModelRequest:
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    cp = model.context_parallel_size
+    is_cpu_only = model.num_cpu > 0
+    if is_cpu_only:
+        count = model.num_cpu // model.cpu_per_process
+    else:
+        count = model.num_gpu if model.num_gpu is not None else tp * pp * cp
+    copies, rest = divmod(count, tp * pp * cp)
+    if rest or copies < 1:
+        raise ConfigError(
+            f"models.{name}: {count} ranks are no multiple of TP x PP x CP = {tp} x {pp} x {cp}"
+        )
+    layout = ParallelLayout(
+        tp_size=tp,
+        pp_size=pp,
+        dp_size=copies if is_trainable else 1,
+        cp_size=cp,
+        ep_size=model.expert_model_parallel_size,
+        etp_size=model.expert_tensor_parallel_size,
+        vpp_size=model.virtual_pipeline_model_parallel_size or 1,
+    )
+    replicas = 1 if is_trainable else copies
+    return ModelRequest(name, layout, replicas, is_cpu_only, model.cpu_per_process)
+
+
+def _group_names(
+    requests: Sequence[ModelRequest], colocation: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], ...]:
+    names = [request.model_name for request in requests]
+    joint = {name: tuple(n for n in group if n in names) for group in colocation for name in group}
+    return tuple(dict.fromkeys(joint.get(name, (name,)) for name in names))
+
+
+def _place_group(
+    index: int, requests: Sequence[ModelRequest], first: int, size: int, per_node: int
+) -> list[WorkerPlace]:
+    """Put the models of one group on devices `first` .. `first + size - 1`."""
+    taken: list[tuple[ModelRequest, int]] = []
+    users = [0] * size
+    cursor = 0
+    for request in sorted(requests, key=lambda r: -r.num_ranks):
+        if request.is_cpu_only:
+            continue
+        if cursor + request.num_ranks > size:
+            cursor = 0
+        taken.append((request, cursor))
+        for device in range(cursor, cursor + request.num_ranks):
+            users[device] += 1
+        cursor = (cursor + request.num_ranks) % size
+    places: list[WorkerPlace] = []
+    for request, start in taken:
+        for number in range(request.num_ranks):
+            device = first + start + number
+            replica, rank = divmod(number, request.layout.world_size)
+            slot = DeviceSlot(device // per_node, device % per_node)
+            share = 1.0 / users[start + number]
+            places.append(WorkerPlace(request.model_name, replica, rank, index, slot, share, 0.0))
+    for request in requests:
+        if request.is_cpu_only:
+            cpus = float(request.cpus_per_rank)
+            places.extend(
+                WorkerPlace(request.model_name, replica, 0, index, None, 0.0, cpus)
+                for replica in range(request.num_replicas)
+            )
+    return places
+
+
+def _check_capacity(
+    groups: Sequence[Sequence[str]],
+    sizes: Sequence[int],
+    by_name: Mapping[str, ModelRequest],
+    inventory: DeviceInventory,
+    per_node: int,
+) -> None:
+    if sum(sizes) > inventory.num_nodes * per_node:
+        raise PlacementError(_shortage(groups, sizes, by_name, inventory, per_node))
+
+
+def _shortage(
+    groups: Sequence[Sequence[str]],
+    sizes: Sequence[int],
+    by_name: Mapping[str, ModelRequest],
+    inventory: DeviceInventory,
+    per_node: int,
+) -> str:
+    noun = "GPUs" if inventory.kind == "gpu" else "logical devices"
+    there = inventory.num_nodes * per_node
+    lines = [
+        f"the models ask for {sum(sizes)} {noun}; there are {there} "
+        f"({inventory.num_nodes} nodes x {per_node}):"
+    ]
+    for group, size in zip(groups, sizes, strict=True):
+        asked = ", ".join(
+            f"{n} {by_name[n].num_ranks}" for n in group if not by_name[n].is_cpu_only
+        )
+        if asked:
+            lines.append(f"  {size:4d}  {asked}")
+    lines.append("Lower num_gpu, or let models share devices with runtime.colocation.")
+    return "\n".join(lines)

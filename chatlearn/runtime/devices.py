@@ -1,0 +1,42 @@
+"""What devices there are: this machine's, those of a running cluster, or assumed ones."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from chatlearn.runtime.placement import DeviceInventory
+
+if TYPE_CHECKING:
+    from chatlearn.config import Config
+
+__all__ = ["assume_inventory", "discover_inventory"]
+
+_USUAL_DEVICES = 8
+
+
+def discover_inventory(config: Config) -> DeviceInventory:
+    """The devices of the cluster that will be used (`RAY_ADDRESS`), else of this machine."""
+    asked = config.runtime.devices_per_node
+    num_nodes, gpus = 1, _count_gpus()
+    if config.runtime.backend == "ray" and os.environ.get("RAY_ADDRESS"):
+        from chatlearn.runtime.ray_cluster import count_cluster_devices, join_cluster
+
+        join_cluster(config.runtime.startup_timeout_s)
+        num_nodes, gpus = count_cluster_devices()
+    if gpus:
+        return DeviceInventory(num_nodes, gpus if asked == "auto" else int(asked), "gpu")
+    return DeviceInventory(num_nodes, None if asked == "auto" else int(asked), "logical")
+
+
+def assume_inventory(config: Config, num_devices: int) -> DeviceInventory:
+    """As if there were `num_devices` GPUs, in nodes of `runtime.devices_per_node` (auto: 8)."""
+    asked = config.runtime.devices_per_node
+    per_node = min(num_devices, _USUAL_DEVICES if asked == "auto" else int(asked))
+    return DeviceInventory(max(1, num_devices // per_node), per_node, "gpu")
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,364 @@
+"""The Ray backend: one actor per rank, in one placement group per colocation group."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatlearn.errors import PlacementError, WaitTimeoutError, WorkerError
+from chatlearn.runtime import ray_cluster
+from chatlearn.runtime.contract import (
+    ModelSpec,
+    PendingCall,
+    RemoteValue,
+    WorkerGroup,
+    WorkerSummary,
+)
+from chatlearn.runtime.ray_errors import describe_failure, pick_cause
+from chatlearn.runtime.ray_placement import ActorSlot, create_groups
+from chatlearn.runtime.ray_worker import RayWorker, WorkerSettings
+
+if TYPE_CHECKING:
+    from chatlearn.config import Config
+    from chatlearn.parallel.layout import ParallelLayout
+    from chatlearn.runtime.placement import PlacementPlan, WorkerPlace
+
+__all__ = ["RayBackend"]
+
+_GRACE_S = 1.0
+_SHUTDOWN_S = 3.0
+
+
+@dataclass(frozen=True)
+class _Actor:
+    """One worker on the driver's side."""
+
+    handle: Any
+    place: WorkerPlace
+
+
+class _RayGroup:
+    """The actors of one replica."""
+
+    def __init__(
+        self,
+        model_name: str,
+        replica: int,
+        layout: ParallelLayout,
+        actors: Sequence[Any],
+        workers: tuple[WorkerSummary, ...],
+    ) -> None:
+        self.model_name = model_name
+        self.replica = replica
+        self.layout = layout
+        self.workers = workers
+        self._actors = tuple(actors)
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        ranks: Sequence[int] | None = None,
+        num_outputs: int = 1,
+        flow_line: str = "",
+    ) -> tuple[PendingCall, ...]:
+        """Start the function on the given ranks."""
+        import ray
+
+        packed = ray.put((function, args))
+        calls: list[PendingCall] = []
+        for rank in ranks if ranks is not None else range(len(self._actors)):
+            method = self._actors[rank].run.options(num_returns=num_outputs)
+            found = method.remote(packed, num_outputs, flow_line)
+            refs = (found,) if num_outputs == 1 else tuple(found)
+            outputs = tuple(RemoteValue(ref) for ref in refs)
+            calls.append(PendingCall(self.workers[rank], outputs, flow_line))
+        return tuple(calls)
+
+
+class RayBackend:
+    """Fulfils `chatlearn.runtime.contract.Backend` on a Ray cluster.
+
+    Args:
+        log_dir: folder of the workers' log files.
+    """
+
+    def __init__(self, log_dir: Path) -> None:
+        self._log_dir = log_dir
+        self._actors: list[_Actor] = []
+        self._placement_groups: list[Any] = []
+        self._watches: dict[Any, WorkerSummary] = {}
+        self._is_connected = False
+
+    def start(
+        self, specs: Sequence[ModelSpec], placement: PlacementPlan, config: Config
+    ) -> Mapping[str, tuple[WorkerGroup, ...]]:
+        """Start the cluster if there is none, then every worker, then every process world.
+
+        Raises:
+            PlacementError: the cluster cannot place the workers in time.
+            WorkerError: a worker failed while it started.
+        """
+        timeout_s = config.runtime.startup_timeout_s
+        environment = config.runtime_env.model_dump(exclude_defaults=True) or None
+        self._is_connected = True
+        if os.environ.get("RAY_ADDRESS"):
+            ray_cluster.join_cluster(timeout_s, environment)
+        else:
+            ray_cluster.start_cluster(environment)
+        slots = create_groups(placement, self._placement_groups, timeout_s)
+        threads = self._threads_per_worker(placement)
+        for place in placement.places:
+            self._actors.append(_Actor(self._create(place, slots[place], threads), place))
+        return self._connect(specs, config)
+
+    def put(self, value: Any) -> RemoteValue:
+        """Store a value in Ray's object store."""
+        import ray
+
+        return RemoteValue(ray.put(value))
+
+    def get(self, value: RemoteValue, timeout_s: float) -> Any:
+        """Bring a value to the driver."""
+        import ray
+
+        try:
+            return ray.get(value.handle, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise WaitTimeoutError(f"a value did not come within {timeout_s:g} s") from error
+        except ray.exceptions.RayError as error:
+            raise describe_failure(error, None, "") from error
+
+    def wait_any(self, calls: Sequence[PendingCall], timeout_s: float) -> tuple[PendingCall, ...]:
+        """Block until a call is done or any worker of the run has died."""
+        import ray
+
+        refs = {call.outputs[-1].handle: call for call in calls}
+        waited = [*refs, *self._watches]
+        ready, _ = ray.wait(waited, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if not ready:
+            names = sorted({_label(call.worker) for call in calls})
+            raise WaitTimeoutError(
+                f"nothing came back within {timeout_s:g} s; awaited: {', '.join(names[:8])}"
+            )
+        ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0, fetch_local=False)
+        self._raise_failures(ready, refs, waited)
+        return tuple(refs[ref] for ref in ready)
+
+    def fetch(self, call: PendingCall, timeout_s: float, output: int = 0) -> Any:
+        """The value of one output of a call."""
+        import ray
+
+        deadline = time.monotonic() + timeout_s
+        ref = call.outputs[output].handle
+        while True:
+            left = deadline - time.monotonic()
+            ready, _ = ray.wait([ref], timeout=max(0.0, min(left, 2.0)))
+            if ready:
+                break
+            if left <= 0:
+                raise WaitTimeoutError(f"{_label(call.worker)} did not answer in {timeout_s:g} s")
+            self._raise_failures(self._ready_watches(), {}, list(self._watches))
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayError as error:
+            raise self._cause(error, call) from error
+
+    def close(self) -> None:
+        """Let idle workers end by themselves, kill the rest, and leave the cluster."""
+        if not self._is_connected:
+            return
+        self._is_connected = False
+        import ray
+
+        if ray.is_initialized():
+            self._stop_actors()
+            for group in self._placement_groups:
+                ray.util.remove_placement_group(group)
+        self._placement_groups.clear()
+        ray_cluster.leave_cluster()
+
+    def _stop_actors(self) -> None:
+        import ray
+
+        refs = [actor.handle.shut_down.remote() for actor in self._actors]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=_SHUTDOWN_S)
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        self._actors.clear()
+        self._watches.clear()
+
+    def _create(self, place: WorkerPlace, slot: ActorSlot, threads: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        name = f"{place.model_name}.r{place.replica}.{place.rank}"
+        environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        settings = WorkerSettings(
+            environment, tuple(sys.path), str(self._log_dir.resolve() / f"{name}.log")
+        )
+        strategy = PlacementGroupSchedulingStrategy(slot.group, slot.bundle)
+        actor = ray.remote(RayWorker).options(
+            num_cpus=slot.num_cpus,
+            num_gpus=slot.num_gpus,
+            scheduling_strategy=strategy,
+            max_restarts=0,
+            concurrency_groups={"watch": 1, "control": 1},
+        )
+        return actor.remote(settings)
+
+    def _connect(
+        self, specs: Sequence[ModelSpec], config: Config
+    ) -> dict[str, tuple[WorkerGroup, ...]]:
+        import cloudpickle
+
+        timeout_s = config.runtime.startup_timeout_s
+        nodes = self._await(
+            {actor: actor.handle.node.remote() for actor in self._actors}, timeout_s, "start"
+        )
+        is_single_node = len({node_id for node_id, _, _ in nodes.values()}) == 1
+        summaries = {
+            actor: WorkerSummary(
+                actor.place.model_name,
+                actor.place.replica,
+                actor.place.rank,
+                node_id,
+                "127.0.0.1" if is_single_node else host,
+                process_id,
+            )
+            for actor, (node_id, host, process_id) in nodes.items()
+        }
+        for actor, summary in summaries.items():
+            watch = actor.handle.watch.options(concurrency_group="watch")
+            self._watches[watch.remote()] = summary
+        first = [actor for actor in self._actors if actor.place.rank == 0]
+        ports = self._await(
+            {
+                actor: actor.handle.host_store.remote(summaries[actor].host, timeout_s)
+                for actor in first
+            },
+            timeout_s,
+            "open the store of their process world",
+        )
+        address = {
+            (actor.place.model_name, actor.place.replica): (summaries[actor].host, port)
+            for actor, port in ports.items()
+        }
+        by_name = {spec.name: spec for spec in specs}
+        modules = {spec.name: cloudpickle.dumps(spec.module) for spec in specs}
+        joins: dict[_Actor, Any] = {}
+        for actor, summary in summaries.items():
+            spec = by_name[summary.model_name]
+            fields = {
+                "model_name": summary.model_name,
+                "replica": summary.replica,
+                "rank": summary.rank,
+                "host": summary.host,
+                "node_id": summary.node_id,
+                "is_cpu_only": spec.is_cpu_only,
+                "timeout_s": config.runtime.sync_timeout_s,
+            }
+            where = address[summary.model_name, summary.replica]
+            joins[actor] = actor.handle.join.remote(fields, spec.layout, modules[spec.name], where)
+        self._await(joins, timeout_s, "join their process world")
+        return {spec.name: self._group(spec, summaries) for spec in specs}
+
+    def _group(
+        self, spec: ModelSpec, summaries: Mapping[_Actor, WorkerSummary]
+    ) -> tuple[WorkerGroup, ...]:
+        groups: list[WorkerGroup] = []
+        for replica in range(spec.num_replicas):
+            own = [
+                actor
+                for actor in self._actors
+                if actor.place.model_name == spec.name and actor.place.replica == replica
+            ]
+            own.sort(key=lambda actor: actor.place.rank)
+            workers = tuple(summaries[actor] for actor in own)
+            handles = [actor.handle for actor in own]
+            groups.append(_RayGroup(spec.name, replica, spec.layout, handles, workers))
+        return tuple(groups)
+
+    def _await(self, refs: Mapping[_Actor, Any], timeout_s: float, what: str) -> dict[_Actor, Any]:
+        """Results of one start-up step of every worker."""
+        import ray
+
+        ready, late = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
+        del ready
+        if late:
+            names = [
+                f"{actor.place.model_name}.r{actor.place.replica}.{actor.place.rank}"
+                for actor, ref in refs.items()
+                if ref in late
+            ]
+            raise PlacementError(
+                f"workers did not {what} within runtime.startup_timeout_s={timeout_s:g}: "
+                f"{', '.join(names[:8])}"
+            )
+        results: dict[_Actor, Any] = {}
+        for actor, ref in refs.items():
+            try:
+                results[actor] = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                place = actor.place
+                summary = WorkerSummary(place.model_name, place.replica, place.rank, "", "", 0)
+                raise describe_failure(error, summary, "") from error
+        return results
+
+    def _threads_per_worker(self, placement: PlacementPlan) -> int:
+        workers_per_node = max(1, len(placement.places) // placement.num_nodes)
+        return max(1, (os.cpu_count() or 1) // workers_per_node)
+
+    def _ready_watches(self) -> list[Any]:
+        import ray
+
+        watches = list(self._watches)
+        if not watches:
+            return []
+        ready, _ = ray.wait(watches, num_returns=len(watches), timeout=0)
+        return ready
+
+    def _raise_failures(
+        self, ready: Sequence[Any], refs: Mapping[Any, PendingCall], waited: Sequence[Any]
+    ) -> None:
+        failures = self._failures(ready, refs)
+        if not failures:
+            return
+        import ray
+
+        # One failure makes peers fail in turn; give the first cause a moment to show.
+        time.sleep(_GRACE_S)
+        known = list(dict.fromkeys([*waited, *self._watches]))
+        later, _ = ray.wait(known, num_returns=len(known), timeout=0, fetch_local=False)
+        raise pick_cause(self._failures(later, refs) or failures)
+
+    def _failures(self, ready: Sequence[Any], refs: Mapping[Any, PendingCall]) -> list[WorkerError]:
+        import ray
+
+        found: list[WorkerError] = []
+        for ref in ready:
+            call = refs.get(ref)
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError as error:
+                worker = call.worker if call is not None else self._watches.get(ref)
+                line = call.flow_line if call is not None else ""
+                found.append(describe_failure(error, worker, line))
+        return found
+
+    def _cause(self, error: Exception, call: PendingCall) -> WorkerError:
+        first = describe_failure(error, call.worker, call.flow_line)
+        if first.is_death or not first.is_collateral:
+            return first
+        time.sleep(_GRACE_S)
+        return pick_cause([first, *self._failures(self._ready_watches(), {})])
+
+
+def _label(worker: WorkerSummary) -> str:
+    return f"{worker.model_name}.r{worker.replica}.{worker.rank}"

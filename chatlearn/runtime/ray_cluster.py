@@ -1,0 +1,133 @@
+"""Joins the Ray cluster that is there, or starts one for this run and stops it.
+
+A cluster that this project starts asks for a token: Ray's servers listen on every interface, so
+the token is the only door. It lies in a file that only the owner reads, for as long as the
+process lives.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from chatlearn.errors import PlacementError
+
+__all__ = [
+    "choose_object_store",
+    "count_cluster_devices",
+    "join_cluster",
+    "leave_cluster",
+    "prepare_token",
+    "start_cluster",
+]
+
+_STORE_BYTES = 1 << 30
+_SMALLEST_STORE_BYTES = 80 << 20
+
+
+def prepare_token() -> None:
+    """Turn Ray's token authentication on in this process and its children, with a fresh token.
+
+    Nothing happens where the user has chosen a mode or a token already.
+    """
+    chosen = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(os.environ.get(name) for name in chosen):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        return
+    folder = Path(tempfile.mkdtemp(prefix="chatlearn-token-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32), encoding="ascii")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def choose_object_store(free_shm_bytes: int) -> dict[str, Any]:
+    """Ray's object store settings for the shared memory that there is.
+
+    Containers often have a /dev/shm of 64 MB. A store larger than that would end in a SIGBUS, so
+    it goes to a folder on disk, which is slower and safe.
+
+    Args:
+        free_shm_bytes: free bytes of /dev/shm.
+    """
+    store_bytes = min(_STORE_BYTES, free_shm_bytes // 2)
+    if store_bytes >= _SMALLEST_STORE_BYTES:
+        return {"object_store_memory": store_bytes}
+    logging.getLogger(__name__).warning(
+        "/dev/shm has only %d MB free: Ray's object store goes to %s, which is slower. Give the "
+        "container more shared memory (docker run --shm-size=2g).",
+        free_shm_bytes >> 20,
+        tempfile.gettempdir(),
+    )
+    return {"object_store_memory": _STORE_BYTES, "_plasma_directory": tempfile.gettempdir()}
+
+
+def start_cluster(environment: dict[str, Any] | None) -> None:
+    """Start a Ray of one node for this process."""
+    import ray
+
+    prepare_token()
+    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
+    ray.init(
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=environment,
+        **choose_object_store(free),
+    )
+
+
+def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) -> None:
+    """Connect to the cluster that `RAY_ADDRESS` names; nothing where already connected.
+
+    Raises:
+        PlacementError: no cluster answers there, or it refuses the token.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ["RAY_ADDRESS"]
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(timeout_s)))
+    try:
+        ray.init(
+            address=address,
+            configure_logging=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=environment,
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise PlacementError(
+            f"no Ray cluster can be joined at RAY_ADDRESS={address}: {error}. Is it up, and is "
+            "its token in RAY_AUTH_TOKEN_PATH?"
+        ) from error
+
+
+def count_cluster_devices() -> tuple[int, int]:
+    """Nodes of the joined cluster and GPUs of the smallest of them that has any."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
+    with_gpu = [count for count in gpus if count]
+    if with_gpu:
+        return len(with_gpu), min(with_gpu)
+    return len(nodes), 0
+
+
+def leave_cluster() -> None:
+    """Disconnect; a cluster that this process started ends with it."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()

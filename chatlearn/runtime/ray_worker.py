@@ -1,0 +1,172 @@
+"""The Ray actor of one rank. It imports torch only after its environment is set."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatlearn.errors import WorkerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from chatlearn.parallel.context import WorkerContext
+    from chatlearn.parallel.layout import ParallelLayout
+
+__all__ = ["RayWorker", "WorkerSettings"]
+
+_COLLATERAL = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What an actor is told when it is made.
+
+    Attributes:
+        environment: variables to set before torch is imported.
+        import_path: the driver's `sys.path`, so that user modules are found.
+        log_path: file that gets the worker's standard output and error.
+    """
+
+    environment: dict[str, str]
+    import_path: tuple[str, ...]
+    log_path: str
+
+
+class RayWorker:
+    """Hosts one rank of one model."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        os.environ.update(settings.environment)
+        for entry in settings.import_path:
+            if entry not in sys.path:
+                sys.path.append(entry)
+        _redirect_output(Path(settings.log_path))
+        self._context: WorkerContext | None = None
+        self._store: Any = None
+
+    def node(self) -> tuple[str, str, int]:
+        """Node id, node address and process id."""
+        import ray
+
+        node_id = ray.get_runtime_context().get_node_id()
+        return node_id, ray.util.get_node_ip_address(), os.getpid()
+
+    def host_store(self, host: str, timeout_s: float) -> int:
+        """Open the store of the replica's process world; gives its port."""
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        self._store = dist.TCPStore(
+            host,
+            0,
+            None,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        return self._store.port
+
+    def join(
+        self,
+        identity_fields: dict[str, Any],
+        layout: ParallelLayout,
+        module: bytes,
+        address: tuple[str, int],
+    ) -> None:
+        """Join the replica's process world and take the module in."""
+        from datetime import timedelta
+
+        import cloudpickle
+        import torch
+        import torch.distributed as dist
+
+        from chatlearn.runtime.process_world import WorkerIdentity, join_world
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        identity = WorkerIdentity(layout=layout, **identity_fields)
+        if self._store is None:
+            timeout = timedelta(seconds=identity.timeout_s)
+            self._store = dist.TCPStore(*address, None, is_master=False, timeout=timeout)
+        store = dist.PrefixStore("world", self._store)
+        self._context = join_world(identity, cloudpickle.loads(module), store)
+
+    def run(
+        self, call: tuple[Callable[..., Any], tuple[Any, ...]], num_outputs: int, line: str
+    ) -> Any:
+        """Run `function(context, *args)`; an exception leaves as a WorkerError."""
+        function, args = call
+        import ray
+
+        from chatlearn.runtime.remote_values import resolve_arguments
+
+        context = self._context
+        if context is None:
+            raise RuntimeError("a worker runs functions only after it has joined its world")
+        try:
+            resolved = resolve_arguments(args, ray.get)
+            result = function(context, *resolved)
+            if num_outputs > 1 and len(result) != num_outputs:
+                raise ValueError(f"{function} gave {len(result)} outputs, expected {num_outputs}")
+        except Exception as error:
+            raise self._describe(error, line) from None
+        return result
+
+    def shut_down(self) -> None:
+        """Close the worker's resources and leave the process world."""
+        from chatlearn.runtime.process_world import close_world
+
+        if self._context is not None:
+            self._context.close()
+        close_world()
+
+    def watch(self) -> None:
+        """Never returns: the call fails when the process dies, and so tells the driver."""
+        threading.Event().wait()
+
+    def stack(self) -> str:
+        """The Python stacks of all threads, for messages about a call that does not end."""
+        frames = sys._current_frames()
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return "\n".join(
+            f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame)[-6:])}"
+            for ident, frame in frames.items()
+        )
+
+    def _describe(self, error: Exception, line: str) -> WorkerError:
+        import ray
+
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, WorkerError):
+            return error.cause
+        if isinstance(error, WorkerError):
+            return error
+        context = self._context
+        text = str(error)
+        found = WorkerError(
+            f"{type(error).__name__}: {text}",
+            model_name=context.model_name if context else "",
+            rank=context.rank if context else 0,
+            replica=context.replica if context else 0,
+            node=context.host if context else "",
+            flow_line=line,
+            worker_traceback="".join(traceback.format_exception(error)),
+        )
+        is_runtime = isinstance(error, RuntimeError)
+        found.is_collateral = is_runtime and any(word in text.lower() for word in _COLLATERAL)
+        return found
+
+
+def _redirect_output(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
