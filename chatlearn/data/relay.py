@@ -1,0 +1,92 @@
+"""The samples of past episodes, for a user's sample manager that decides what is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chatlearn.data.rows import RowId
+from chatlearn.errors import DataError
+
+__all__ = ["EpisodeRelayBuffer", "RelaySampleManager", "RelayStore", "identify_rows"]
+
+
+@dataclass(frozen=True)
+class EpisodeRelayBuffer:
+    """One episode's samples: a dict of columns per row, with its `row_id`."""
+
+    episode_id: int
+    buffer: list[dict[str, Any]]
+
+
+class RelaySampleManager:
+    """Decides what becomes of the last episodes' samples; subclass it and override `__call__`."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, float] = {}
+
+    def __call__(self, episodes: Sequence[EpisodeRelayBuffer]) -> list[dict[str, Any]]:
+        """The rows to train on; the default trains on the newest episode as it is.
+
+        Args:
+            episodes: the kept episodes, oldest first; the last is the current one.
+        """
+        return episodes[-1].buffer
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Report numbers under `relay/`."""
+        self._metrics.update({name: float(value) for name, value in metrics.items()})
+
+    def take_metrics(self) -> dict[str, float]:
+        """What was logged since the last time, and forget it."""
+        taken, self._metrics = self._metrics, {}
+        return taken
+
+
+class RelayStore:
+    """Keeps the last episodes.
+
+    Args:
+        max_episodes: episodes kept; -1: all; 0: only the current one.
+        offset: first episode that is kept beyond its own turn.
+    """
+
+    def __init__(self, max_episodes: int, offset: int = 0) -> None:
+        self._max_episodes = max_episodes
+        self._offset = offset
+        self._episodes: list[EpisodeRelayBuffer] = []
+
+    def add(self, episode: EpisodeRelayBuffer) -> list[EpisodeRelayBuffer]:
+        """Take an episode in; gives what a sample manager sees, oldest first."""
+        kept = [e for e in self._episodes if e.episode_id >= self._offset]
+        self._episodes = [*kept, episode]
+        if self._max_episodes >= 0:
+            self._episodes = self._episodes[-max(self._max_episodes, 1) :]
+        return list(self._episodes)
+
+
+def identify_rows(rows: Sequence[Mapping[str, Any]]) -> dict[RowId, dict[str, Any]]:
+    """Rows that a sample manager gave, by id.
+
+    A row keeps its `row_id`; where a row occurs again, or has none, it gets a fresh id.
+
+    Raises:
+        DataError: there is no row, or one is no mapping.
+    """
+    if not rows:
+        raise DataError("the sample manager gave no rows: there is nothing to train on")
+    found: dict[RowId, dict[str, Any]] = {}
+    fresh = 0
+    for row in rows:
+        if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise DataError(
+                f"the sample manager gave a row of type {type(row).__name__}; expected a dict"
+            )
+        columns = {key: value for key, value in row.items() if key != "row_id"}
+        row_id = row.get("row_id")
+        if not isinstance(row_id, tuple) or row_id in found:
+            fresh -= 1
+            row_id = RowId(fresh, 0)
+        found[RowId(*row_id)] = columns
+    return found
