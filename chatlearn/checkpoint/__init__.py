@@ -1,1 +1,1 @@
-"""TODO"""
+"""Checkpoint folders: written aside, made visible by one rename."""

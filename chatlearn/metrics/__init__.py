@@ -1,1 +1,1 @@
-"""TODO"""
+"""The run folder, metric files, the timeline and the progress display."""
