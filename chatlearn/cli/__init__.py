@@ -1,1 +1,1 @@
-"""TODO"""
+"""The command line: train, eval, check."""

@@ -62,11 +62,11 @@ class StreamDataset:
         """Whether batch `index` of the first epoch can be had."""
         if self._is_dynamic:
             return self.is_complete
-        return all(row_id in self._sources for row_id in self._batch_ids(index))
+        return all(row_id in self._sources for row_id in self.batch_ids(index))
 
     def batch(self, index: int) -> dict[RowId, Any]:
         """Rows of batch `index` of the first epoch with their sources."""
-        return {row_id: self._sources[row_id] for row_id in self._batch_ids(index)}
+        return {row_id: self._sources[row_id] for row_id in self.batch_ids(index)}
 
     def later_epoch(
         self, epoch: int, *, mode: str, seed: int, episode: int
@@ -96,7 +96,8 @@ class StreamDataset:
         """Every row that is there, in row order."""
         return {row_id: self._sources[row_id] for row_id in self._order if row_id in self._sources}
 
-    def _batch_ids(self, index: int) -> list[RowId]:
+    def batch_ids(self, index: int) -> list[RowId]:
+        """Row ids of batch `index` of the first epoch."""
         return self._order[index * self._batch_size : (index + 1) * self._batch_size]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CallLoop", "Pump"]
 
-_POLL_S = 5.0
+_POLL_S = 1.0
 
 
 class Pump(Protocol):
@@ -41,11 +41,16 @@ class _Batch:
 
 
 class CallLoop:
-    """Submits calls and routes their completion. Owned by one run, used from one thread."""
+    """Submits calls and routes their completion. Owned by one run, used from one thread.
+
+    Attributes:
+        interrupt: called between waits where set; may raise to end the loop.
+    """
 
     def __init__(self, backend: Backend, stage_timeout_s: float) -> None:
         self.backend = backend
         self.stage_timeout_s = stage_timeout_s
+        self.interrupt: Callable[[], None] | None = None
         self._pumps: list[Pump] = []
         self._open: dict[int, tuple[PendingCall, _Batch]] = {}
 
@@ -72,6 +77,8 @@ class CallLoop:
             FlowError: nothing runs and nothing can be dispatched.
         """
         while not is_done():
+            if self.interrupt is not None:
+                self.interrupt()
             for pump in tuple(self._pumps):
                 pump.pump()
             if is_done():

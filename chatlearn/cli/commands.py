@@ -1,0 +1,52 @@
+"""The commands behind the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlearn.config import load_config
+from chatlearn.engine.engine import Engine
+from chatlearn.engine.from_config import build_engine, set_datasets
+from chatlearn.engine.state import init
+from chatlearn.errors import ConfigError
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["run_check", "run_eval", "run_train"]
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """`chatlearn train CONFIG [key.path=value ...]`."""
+    config = init(arguments.config, arguments.overrides)
+    engine = build_engine(config)
+    set_datasets(engine, config)
+    result = engine.learn()
+    sys.stdout.write(f"run folder: {result.run_dir}\n")
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    """`chatlearn eval CONFIG`: the evaluation of the config's engine, without training."""
+    config = init(arguments.config, arguments.overrides)
+    engine = build_engine(config)
+    if engine.evaluator is None:
+        raise ConfigError(f"engine {engine.name!r} has no evaluator: nothing to evaluate")
+    set_datasets(engine, config)
+    evaluation = Engine(None, None, engine.evaluator, name="eval")
+    if not engine.evaluator.datasets:
+        evaluation.set_multiple_datasets(engine.datasets)
+    result = evaluation.learn()
+    for name, value in sorted((result.metrics[-1] if result.metrics else {}).items()):
+        sys.stdout.write(f"{name}: {value:g}\n")
+    sys.stdout.write(f"run folder: {result.run_dir}\n")
+
+
+def run_check(arguments: argparse.Namespace) -> None:
+    """`chatlearn check CONFIG`: everything that can be known without starting a worker."""
+    from chatlearn.cli.report import print_plan
+
+    config = load_config(Path(arguments.config), arguments.overrides)
+    engine = build_engine(config)
+    print_plan(engine, engine.plan(config, arguments.assume_devices), config)

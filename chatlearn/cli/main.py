@@ -1,0 +1,90 @@
+"""`chatlearn`: parse the arguments, run the command, turn errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from chatlearn.errors import ChatLearnError, ConfigError, FlowError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+EXIT_FAILED = 1
+EXIT_BAD_CONFIG = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 success, 1 a failed run, 2 a bad config or bad arguments, 130 Ctrl-C,
+        143 SIGTERM (after a checkpoint was saved).
+    """
+    if not sys.platform.startswith("linux"):
+        _say(f"chatlearn runs on Linux only (got {sys.platform}): use a container or WSL 2.")
+        return EXIT_BAD_CONFIG
+    parsed = _build_parser().parse_args(arguments)
+    # Commands import torch and ray; --help and --version do not wait for them.
+    from chatlearn.cli.commands import run_check, run_eval, run_train
+    from chatlearn.engine.run import Terminated
+
+    commands = {"train": run_train, "eval": run_eval, "check": run_check}
+    try:
+        commands[parsed.command](parsed)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except Terminated as stop:
+        _say(str(stop))
+        return EXIT_TERMINATED
+    except (ConfigError, FlowError) as error:
+        _say(f"error: {error}")
+        return EXIT_BAD_CONFIG
+    except ChatLearnError as error:
+        _say(f"error: {error}")
+        return EXIT_FAILED
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    from chatlearn import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="chatlearn", description="Reinforcement learning on Megatron-Core models."
+    )
+    parser.add_argument("--version", action="version", version=f"chatlearn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    texts = {
+        "train": "run the engine that the config names",
+        "eval": "evaluate once, without training",
+        "check": "validate and print graph, placement and weight sync; starts nothing",
+    }
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", help="the YAML file")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key.path=value", help="win over the file"
+        )
+        if name == "check":
+            command.add_argument(
+                "--assume-devices",
+                type=int,
+                metavar="N",
+                help="plan for N GPUs instead of those that are there",
+            )
+    return parser
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Engine: flows, data and weight syncs put together, and `learn()`, which runs them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from chatlearn.engine.components import (
+    Environment,
+    Evaluator,
+    ParameterSync,
+    Trainer,
+    check_dataset,
+)
+from chatlearn.engine.planning import plan_flows, plan_run
+from chatlearn.engine.state import current_config
+from chatlearn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from chatlearn.config import Config
+    from chatlearn.engine.planning import RunPlan
+    from chatlearn.engine.result import RunResult
+    from chatlearn.models.base import BaseModule
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """An algorithm: what produces samples, what trains on them, what evaluates.
+
+    Any of the three may be None. Without an environment the trainer trains on the data set's
+    rows as they are; without a trainer `learn()` gives the rollouts back; an evaluator alone
+    evaluates.
+
+    Args:
+        environment: produces the samples of an episode.
+        trainer: trains on them.
+        evaluator: runs over an evaluation data set now and then.
+        name: shown in messages.
+    """
+
+    def __init__(
+        self,
+        environment: Environment | None = None,
+        trainer: Trainer | None = None,
+        evaluator: Evaluator | None = None,
+        name: str = "alignment",
+    ) -> None:
+        self.name = name
+        self.environment: Environment | None = None
+        self.trainer: Trainer | None = None
+        self.evaluator: Evaluator | None = None
+        self.parameter_syncs: list[ParameterSync] = []
+        self.sample_manager: Callable[[Sequence[Any]], list[dict[str, Any]]] | None = None
+        self._datasets: tuple[Sequence[Any], ...] = ()
+        self.set_environment(environment).set_trainer(trainer).set_evaluator(evaluator)
+
+    def set_environment(self, environment: Environment | None) -> Self:
+        """Use this environment; its models come with it."""
+        self.environment = _checked(environment, Environment)
+        return self
+
+    def set_trainer(self, trainer: Trainer | None) -> Self:
+        """Use this trainer; its models come with it."""
+        self.trainer = _checked(trainer, Trainer)
+        return self
+
+    def set_evaluator(self, evaluator: Evaluator | None) -> Self:
+        """Use this evaluator; its models come with it."""
+        self.evaluator = _checked(evaluator, Evaluator)
+        return self
+
+    def set_dataset(self, dataset: Sequence[Any]) -> Self:
+        """Use one list of prompts for the environment (without one: the trainer; without that,
+        the evaluator).
+        """
+        return self.set_multiple_datasets([dataset])
+
+    def set_multiple_datasets(self, datasets: Sequence[Sequence[Any]]) -> Self:
+        """Use several lists of prompts, mixed by `runtime.data_ratio`."""
+        for index, dataset in enumerate(datasets):
+            check_dataset(dataset, f"data set {index}")
+        self._datasets = tuple(datasets)
+        return self
+
+    def set_parameter_sync(self, src_model: BaseModule, dst_model: BaseModule) -> Self:
+        """Give `dst_model` the weights of `src_model` at the start and after training.
+
+        After the start this happens in every episode that `models.<dst>.sync_frequency` names.
+        """
+        self.parameter_syncs.append(ParameterSync(src_model, dst_model))
+        return self
+
+    def set_relay_sample_manager(
+        self, manager: Callable[[Sequence[Any]], list[dict[str, Any]]]
+    ) -> Self:
+        """Let `manager` decide what is trained on, once an episode's samples are all there.
+
+        It gets the last episodes (`runtime.max_relay_episode`) as `EpisodeRelayBuffer`s and
+        gives the rows to train on.
+        """
+        self.sample_manager = manager
+        return self
+
+    @property
+    def datasets(self) -> tuple[Sequence[Any], ...]:
+        """The prompts to draw from: the engine's, else the environment's, else the trainer's."""
+        if self._datasets:
+            return self._datasets
+        parts = (self.environment, self.trainer)
+        return next((part.datasets for part in parts if part is not None and part.datasets), ())
+
+    @property
+    def datasets_needed(self) -> bool:
+        """Whether there is something to roll out or train; otherwise it is all evaluation."""
+        return self.environment is not None or self.trainer is not None
+
+    def plan(self, config: Config, assume_devices: int | None = None) -> RunPlan:
+        """Trace the flows and place the models, without starting anything.
+
+        Raises:
+            ConfigError: the config and the flows do not fit together.
+            FlowError: a flow that cannot work.
+        """
+        flows = plan_flows(
+            self.environment, self.trainer, self.evaluator, tuple(self.parameter_syncs)
+        )
+        return plan_run(flows, config, assume_devices)
+
+    def learn(self) -> RunResult:
+        """Run the episodes of the configuration; every worker is gone when this returns.
+
+        Raises:
+            ConfigError: the configuration cannot work; nothing was started.
+            WorkerError: a worker raised or died.
+            ChatLearnError: anything else that stops the run.
+        """
+        from chatlearn.engine.run import run_engine
+
+        return run_engine(self, current_config())
+
+
+def _checked(part: Any, kind: type) -> Any:
+    if part is not None and not isinstance(part, kind):
+        raise ConfigError(
+            f"expected a chatlearn.{kind.__name__} or None, got {type(part).__name__}"
+        )
+    return part

@@ -1,0 +1,172 @@
+"""From an engine and a config to the plan of a run: graphs, models, placement. Pure: no workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chatlearn.errors import ConfigError, FlowError
+from chatlearn.flow.graph import ROOT
+from chatlearn.flow.trace import trace_flow
+from chatlearn.runtime.devices import assume_inventory, discover_inventory
+from chatlearn.runtime.placement import build_requests, plan_placement
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from chatlearn.config import Config
+    from chatlearn.engine.components import Environment, Evaluator, ParameterSync, Trainer
+    from chatlearn.flow.graph import FlowGraph
+    from chatlearn.flow.trace import TracedFlow
+    from chatlearn.models.base import BaseModule
+    from chatlearn.runtime.placement import ModelRequest, PlacementPlan
+
+__all__ = ["FlowPlan", "RunPlan", "plan_flows", "plan_run", "synced_in_episode"]
+
+
+@dataclass(frozen=True)
+class FlowPlan:
+    """The traced flows of an engine and the models in them.
+
+    Attributes:
+        environment: graph of the environment flow, if there is one.
+        trainer: graph of the trainer flow, if there is one.
+        evaluator: graph of the evaluation flow, if there is one.
+        modules: every model by name, in order of first appearance.
+        trainable: names of the models that the trainer flow trains.
+        syncs: (source, destination) names of `set_parameter_sync`.
+    """
+
+    environment: FlowGraph | None
+    trainer: FlowGraph | None
+    evaluator: FlowGraph | None
+    modules: Mapping[str, BaseModule]
+    trainable: tuple[str, ...]
+    syncs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that is decided before a worker starts."""
+
+    flows: FlowPlan
+    requests: tuple[ModelRequest, ...]
+    placement: PlacementPlan
+
+
+def plan_flows(
+    environment: Environment | None,
+    trainer: Trainer | None,
+    evaluator: Evaluator | None,
+    syncs: Sequence[ParameterSync],
+) -> FlowPlan:
+    """Trace the flows and collect the models.
+
+    Raises:
+        ConfigError: no flow at all, or a sync with a model that is in no flow.
+        FlowError: a flow that cannot work; names its line.
+    """
+    if environment is None and trainer is None and evaluator is None:
+        raise ConfigError("the engine has no flow: give an environment, a trainer or an evaluator")
+    modules: dict[str, BaseModule] = {}
+    graphs: list[FlowGraph | None] = []
+    parts = (("environment", environment), ("trainer", trainer), ("evaluator", evaluator))
+    for name, part in parts:
+        traced = trace_flow(part.model_flow, name=name) if part is not None else None
+        graphs.append(traced.graph if traced is not None else None)
+        if traced is not None:
+            _add_modules(modules, traced)
+    for pair in syncs:
+        for module in (pair.source, pair.destination):
+            if modules.get(module.name) is not module:
+                raise ConfigError(
+                    f"set_parameter_sync names model {module.name!r}, which no flow calls; "
+                    f"the flows call {', '.join(modules)}"
+                )
+    env_graph, train_graph, eval_graph = graphs
+    _check_train_calls(env_graph, eval_graph, train_graph)
+    if env_graph is not None and train_graph is not None and not env_graph.outputs:
+        raise FlowError("the environment flow returns nothing: return what the trainer trains on")
+    return FlowPlan(
+        env_graph,
+        train_graph,
+        eval_graph,
+        modules,
+        _trained_models(train_graph),
+        tuple((pair.source.name, pair.destination.name) for pair in syncs),
+    )
+
+
+def plan_run(flows: FlowPlan, config: Config, assume_devices: int | None = None) -> RunPlan:
+    """Layouts and placement of the flows' models.
+
+    Args:
+        flows: the traced flows.
+        config: the resolved configuration.
+        assume_devices: plan for this many GPUs instead of those that are there.
+
+    Raises:
+        ConfigError: the config names a model that no flow calls, or sizes do not add up.
+        PlacementError: the models do not fit on the devices.
+    """
+    unknown = [name for name in config.models if name not in flows.modules]
+    if unknown:
+        raise ConfigError(
+            f"models.{unknown[0]} is configured, but no flow calls a model of that name; the "
+            f"flows call {', '.join(flows.modules)}"
+        )
+    trainable = set(flows.trainable)
+    for name in flows.modules:
+        if config.model(name).trainable and name not in trainable:
+            trainable.add(name)
+    requests = build_requests(config, tuple(flows.modules), tuple(sorted(trainable)))
+    if assume_devices is None:
+        inventory = discover_inventory(config)
+    else:
+        inventory = assume_inventory(config, assume_devices)
+    placement = plan_placement(requests, config.runtime.colocation_groups, inventory)
+    return RunPlan(flows, requests, placement)
+
+
+def synced_in_episode(episode: int | None, frequency: int) -> bool:
+    """Whether a destination gets new weights after an episode; None: before the first."""
+    if episode is None:
+        return True
+    return frequency > 0 and (episode + 1) % frequency == 0
+
+
+def _add_modules(modules: dict[str, BaseModule], traced: TracedFlow) -> None:
+    for name, module in traced.modules.items():
+        if modules.setdefault(name, module) is not module:
+            raise FlowError(
+                f"two different models are called {name!r}: give each model a name of its own"
+            )
+
+
+def _trained_models(graph: FlowGraph | None) -> tuple[str, ...]:
+    if graph is None:
+        return ()
+    trained = [node.model_name for node in graph.nodes if node.method_name == "train_step"]
+    if not trained:
+        raise FlowError("the trainer flow calls no train_step: call it on at least one model")
+    return tuple(dict.fromkeys(trained))
+
+
+def _check_train_calls(
+    environment: FlowGraph | None, evaluator: FlowGraph | None, trainer: FlowGraph | None
+) -> None:
+    for graph in filter(None, (environment, evaluator)):
+        for node in graph.nodes:
+            if node.method_name == "train_step":
+                raise FlowError(
+                    f"{node.line}: train_step belongs in the trainer flow, not in the {graph.name}"
+                )
+    if trainer is None:
+        return
+    for node in trainer.nodes:
+        taken = [trainer.nodes[index] for index in node.inputs if index != ROOT]
+        if any(source.method_name == "train_step" for source in taken):
+            raise FlowError(
+                f"{node.line}: takes the result of train_step, which gives metrics, not rows; "
+                "use ControlDependencies to order the two calls"
+            )

@@ -1,0 +1,159 @@
+"""The samples of an episode: prompts drawn, sent through the environment flow, collected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from chatlearn.data.relay import EpisodeRelayBuffer, RelaySampleManager, RelayStore, identify_rows
+from chatlearn.data.rows import RowBatch, RowId
+from chatlearn.data.sampler import PromptSampler, SamplerState, expand_samples
+from chatlearn.data.stream import StreamDataset
+from chatlearn.engine.episode_metrics import summarize_records, wall_seconds
+from chatlearn.engine.evaluation import collect_rows
+from chatlearn.engine.prompts import PromptSource
+from chatlearn.engine.worker_calls import RowRequest
+from chatlearn.errors import ConfigError
+from chatlearn.flow.execute import FlowRun, RowSource, StageRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from chatlearn.engine.engine import Engine
+    from chatlearn.engine.run_log import RunLog
+    from chatlearn.engine.session import Session
+
+__all__ = ["Rollout", "Sources"]
+
+Sources = tuple[RowSource, ...]
+
+
+class Rollout:
+    """Makes the samples of one episode after another.
+
+    Without an environment the samples are the data set's rows as they are.
+    """
+
+    def __init__(self, engine: Engine, session: Session, log: RunLog) -> None:
+        flows = session.plan.flows
+        graph = flows.environment or flows.trainer
+        if graph is None:
+            raise ConfigError("a rollout needs an environment or a trainer")
+        self.session = session
+        self.runtime = session.config.runtime
+        self.records: list[StageRecord] = []
+        self._log = log
+        self._graph = flows.environment
+        self._manager = engine.sample_manager
+        self._relay = RelayStore(self.runtime.max_relay_episode, self.runtime.relay_episode_offset)
+        first = graph.nodes[0].model_name
+        self._prompts = PromptSource(session, first, "train", engine.datasets, is_eval=False)
+        self._sampler = PromptSampler(
+            self._prompts.lengths,
+            self.runtime.data_ratio,
+            shuffle=self.runtime.data_shuffle,
+            seed=self.runtime.seed,
+        )
+        self._run: FlowRun | None = None
+        self._stream: StreamDataset | None = None
+        self._relay_metrics: dict[str, float] = {}
+
+    @property
+    def sampler_state(self) -> SamplerState:
+        """Where the data order stands."""
+        return self._sampler.state
+
+    def start(self, episode: int) -> StreamDataset:
+        """Draw the episode's prompts and set them going; gives the stream that they end in."""
+        count = self.runtime.sample_per_episode or sum(self._prompts.lengths)
+        drawn = self._sampler.draw(count)
+        pairs = expand_samples(drawn, self.runtime.num_samples_per_prompt)
+        rows = self._prompts.load(
+            [RowRequest(prompt.dataset_index, prompt.index, row_id) for row_id, prompt in pairs]
+        )
+        self.records = []
+        self._relay_metrics = {}
+        is_dynamic = self.runtime.stream_data_loader_type == "dynamic"
+        batch_size = self.runtime.train_global_batch_size or len(rows)
+        stream = StreamDataset(tuple(rows), batch_size, is_dynamic=is_dynamic)
+        if self._graph is None:
+            for row_id, sources in rows.items():
+                stream.add(row_id, sources)
+        else:
+            self._start_flow(rows, stream)
+        self._stream = stream
+        if self._manager is not None:
+            self._stream = stream = self._select_samples(stream, episode)
+        return stream
+
+    def finish(self) -> None:
+        """Wait until the episode's samples are all there."""
+        if self._run is not None:
+            run = self._run
+            self.session.loop.run_until(lambda: run.is_done)
+            self.session.loop.detach(run)
+            self._run = None
+
+    def fetch_rows(self) -> list[dict[str, Any]]:
+        """The episode's samples as dicts, in row order."""
+        if self._stream is None or self._graph is None:
+            return []
+        sources = self._stream.sources()
+        rows: list[dict[str, Any]] = [{} for _ in sources]
+        for position in range(len(self._graph.outputs)):
+            chosen = {row_id: cast("Sources", s)[position] for row_id, s in sources.items()}
+            for row, found in zip(rows, collect_rows(self.session, chosen), strict=True):
+                row.update(found)
+        return rows
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the finished rollout."""
+        metrics = summarize_records(self.records, "rollout")
+        metrics.update({f"relay/{name}": v for name, v in self._relay_metrics.items()})
+        seconds = wall_seconds(self.records)
+        metrics["time/rollout"] = seconds
+        length = metrics.get("rollout/response_length")
+        if length is not None and seconds > 0 and self._stream is not None:
+            metrics["rollout/tokens_per_s"] = length * self._stream.num_rows / seconds
+        return metrics
+
+    def _start_flow(self, rows: Mapping[RowId, Sources], stream: StreamDataset) -> None:
+        def add(row_id: RowId, sources: Sources) -> None:
+            stream.add(row_id, sources)
+            self._log.progress.stage("rollout", stream.num_arrived, stream.num_rows)
+
+        if self._graph is None:
+            raise ConfigError("there is no environment flow to run")
+        self._run = FlowRun(
+            self._graph,
+            rows,
+            self.session.loop,
+            self.session.pool,
+            self.session.flow_settings(),
+            on_row=add,
+            on_stage=self.records.append,
+        )
+        self.session.loop.attach(self._run)
+
+    def _select_samples(self, stream: StreamDataset, episode: int) -> StreamDataset:
+        """Let the user's sample manager decide, once every sample is there."""
+        self.finish()
+        row_ids = tuple(stream.sources())
+        rows = [
+            {**row, "row_id": row_id}
+            for row_id, row in zip(row_ids, self.fetch_rows(), strict=True)
+        ]
+        manager = self._manager
+        if manager is None:
+            return stream
+        chosen = identify_rows(manager(self._relay.add(EpisodeRelayBuffer(episode, rows))))
+        if isinstance(manager, RelaySampleManager):
+            self._relay_metrics = manager.take_metrics()
+        batch_size = self.runtime.train_global_batch_size or len(chosen)
+        selected = StreamDataset(tuple(chosen), batch_size)
+        for index in range(selected.num_batches):
+            ids = selected.batch_ids(index)
+            batch = RowBatch.from_rows(ids, [chosen[row_id] for row_id in ids])
+            source = RowSource("sample manager", self.session.backend.put(batch))
+            for row_id in ids:
+                selected.add(row_id, (source,))
+        return selected

@@ -1,0 +1,249 @@
+"""One run of an engine, from the first worker to the last metric: the loop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from chatlearn.checkpoint.folders import RunState, begin_checkpoint, prune_checkpoints
+from chatlearn.engine.episode_metrics import summarize_records, wall_seconds
+from chatlearn.engine.evaluation import Evaluation, run_evaluation
+from chatlearn.engine.planning import synced_in_episode
+from chatlearn.engine.prompts import PromptSource
+from chatlearn.engine.result import RunResult
+from chatlearn.engine.rollout import Rollout
+from chatlearn.engine.run_log import RunLog
+from chatlearn.engine.session import Session
+from chatlearn.engine.training import train_on_samples
+from chatlearn.engine.worker_calls import save_module
+from chatlearn.errors import ChatLearnError, DataError
+from chatlearn.sync.synchronizer import WeightSynchronizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chatlearn.config import Config
+    from chatlearn.engine.engine import Engine
+
+__all__ = ["Terminated", "run_engine"]
+
+logger = logging.getLogger(__name__)
+
+
+class Terminated(ChatLearnError):
+    """SIGTERM came; a checkpoint was saved where there is something to save."""
+
+
+def run_engine(engine: Engine, config: Config) -> RunResult:
+    """Run every episode; all workers are gone when this returns or raises.
+
+    Raises:
+        ConfigError: flows and config do not fit; nothing was started.
+        DataError: there is no data set where one is needed.
+        Terminated: SIGTERM.
+    """
+    plan = engine.plan(config)
+    if (engine.environment or engine.trainer) and not engine.datasets:
+        raise DataError("the engine has no data set: call set_dataset(prompts), or set data_path")
+    with RunLog.open(config) as log:
+        backend = _create_backend(config, log)
+        log.progress.stage("starting workers")
+        with Session.open(config, plan, log.folder.path, backend) as session, _on_sigterm(session):
+            return _Run(engine, session, log).execute()
+
+
+class _Run:
+    """The state of the loop."""
+
+    def __init__(self, engine: Engine, session: Session, log: RunLog) -> None:
+        self.engine = engine
+        self.session = session
+        self.log = log
+        self.runtime = session.config.runtime
+        self.evaluation: Evaluation | None = None
+        self.rollouts: list[dict[str, Any]] = []
+        self.train_iteration = 0
+        self.version = 0
+        self.syncs = [
+            (destination, self._build_synchronizer(source, destination))
+            for source, destination in session.plan.flows.syncs
+        ]
+        self.eval_prompts = self._build_eval_prompts()
+        self.rollout = Rollout(engine, session, log) if engine.datasets_needed else None
+
+    def execute(self) -> RunResult:
+        """Every episode, one after another."""
+        try:
+            self._run_episodes()
+        except Terminated as stop:
+            raise Terminated(f"{stop}{self._save_after_sigterm()}") from None
+        finally:
+            for _, synchronizer in self.syncs:
+                synchronizer.close()
+        rows = self.evaluation.rows if self.evaluation is not None else {}
+        return RunResult(self.log.folder.path, self.rollouts, rows, self.log.metrics.history)
+
+    def _run_episodes(self) -> None:
+        self._synchronize(episode=None)
+        if self.rollout is None:
+            self.log.write(0, 1, self._evaluate(episode=0))
+            return
+        if self.runtime.enable_eval_before_training and self.eval_prompts is not None:
+            self.log.write_extra(0, self._evaluate(episode=0))
+        for episode in range(self.runtime.num_episode):
+            self._run_episode(self.rollout, episode)
+
+    def _run_episode(self, rollout: Rollout, episode: int) -> None:
+        start_s = time.monotonic()
+        self.session.start_episode()
+        samples = rollout.start(episode)
+        metrics: dict[str, float] = {}
+        if self.engine.trainer is None:
+            rollout.finish()
+            self.rollouts = rollout.fetch_rows()
+        else:
+            records = train_on_samples(self.session, rollout, samples, self.train_iteration)
+            self.train_iteration += records.num_batches
+            metrics.update(summarize_records(records.records, "train"))
+            self.log.add_spans(records.records)
+        rollout.finish()
+        metrics.update(rollout.metrics())
+        self.log.add_spans(rollout.records)
+        metrics.update(self._synchronize(episode))
+        self._save(episode)
+        if self._is_evaluated(episode):
+            metrics.update(self._evaluate(episode + 1))
+        for name, found in self.session.finish_episode().items():
+            for key, value in found[0].items():
+                metrics[f"episode/{name}/{key}"] = value
+        metrics["time/episode"] = time.monotonic() - start_s
+        self.log.write(episode, self.runtime.num_episode, metrics)
+
+    def _synchronize(self, episode: int | None) -> dict[str, float]:
+        """Move the weights of every pair that is due; at the start (None) those of all."""
+        metrics: dict[str, float] = {}
+        for destination, synchronizer in self.syncs:
+            frequency = self.session.config.model(destination).sync_frequency
+            if not synced_in_episode(episode, frequency):
+                continue
+            self.log.progress.stage(f"syncing weights to {destination}")
+            report = synchronizer.sync(self.version)
+            metrics[f"sync/{destination}/seconds"] = report.seconds
+            metrics[f"sync/{destination}/bytes"] = float(report.num_bytes)
+            self.log.timeline.add("sync", destination, report.start_s, report.end_s)
+        self.version += 1
+        return metrics
+
+    def _evaluate(self, episode: int) -> dict[str, float]:
+        evaluator = self.engine.evaluator
+        if evaluator is None or self.eval_prompts is None:
+            raise DataError("there is nothing to do: no training, and no evaluation data set")
+        self.log.progress.stage("evaluating", 0, sum(self.eval_prompts.lengths))
+        info = {"episode_iteration": episode, "train_iteration": self.train_iteration}
+        self.evaluation = run_evaluation(self.session, evaluator, self.eval_prompts, info)
+        self.log.add_spans(self.evaluation.records)
+        metrics = summarize_records(self.evaluation.records, "eval")
+        metrics.update({f"eval/{name}": v for name, v in self.evaluation.metrics.items()})
+        metrics["time/eval"] = wall_seconds(self.evaluation.records)
+        return metrics
+
+    def _is_evaluated(self, episode: int) -> bool:
+        if self.eval_prompts is None:
+            return False
+        interval = self.runtime.eval_episode_interval
+        if interval is None:
+            return episode + 1 == self.runtime.num_episode
+        return interval > 0 and (episode + 1) % interval == 0
+
+    def _save(self, episode: int) -> None:
+        interval = self.runtime.save_episode_interval
+        if interval is not None and (episode + 1) % interval == 0:
+            self._write_checkpoint(episode + 1)
+
+    def _write_checkpoint(self, episode: int) -> str:
+        self.log.progress.stage("saving")
+        directory = self.log.folder.checkpoints_dir
+        draft = begin_checkpoint(directory, episode)
+        for name in self.session.plan.flows.trainable:
+            folder = draft.model_folder(name)
+            self.session.call_all(save_module, folder, self.train_iteration, names=(name,))
+        drawn = self.rollout.sampler_state if self.rollout is not None else None
+        state = RunState(
+            episode,
+            self.train_iteration,
+            drawn.num_drawn if drawn is not None else 0,
+            drawn.positions if drawn is not None else (),
+            self.runtime.seed,
+        )
+        final = draft.commit(state)
+        prune_checkpoints(directory, self.runtime.save_total_limit)
+        return str(final)
+
+    def _save_after_sigterm(self) -> str:
+        if not self.session.plan.flows.trainable:
+            return ""
+        self.session.loop.interrupt = None
+        episode = len(self.log.metrics.history)
+        return f"; saved {self._write_checkpoint(episode)}"
+
+    def _build_synchronizer(self, source: str, destination: str) -> WeightSynchronizer:
+        groups = self.session.groups
+        synchronizer = WeightSynchronizer(
+            self.session.backend,
+            groups[source],
+            groups[destination],
+            timeout_s=self.runtime.sync_timeout_s,
+            validate=self.runtime.validate_param_sync,
+        )
+        synchronizer.prepare()
+        return synchronizer
+
+    def _build_eval_prompts(self) -> PromptSource | None:
+        graph = self.session.plan.flows.evaluator
+        evaluator = self.engine.evaluator
+        if graph is None or evaluator is None:
+            return None
+        datasets = evaluator.datasets
+        if not datasets and not self.engine.datasets_needed:
+            datasets = self.engine.datasets
+        if not datasets:
+            if not self.engine.datasets_needed:
+                raise DataError("the evaluator has no data set: call set_dataset(prompts)")
+            logger.warning("the evaluator has no data set: nothing is evaluated")
+            return None
+        first = graph.nodes[0].model_name
+        return PromptSource(self.session, first, "eval", datasets, is_eval=True)
+
+
+def _create_backend(config: Config, log: RunLog) -> Any:
+    if config.runtime.backend == "local":
+        from chatlearn.runtime.local_backend import LocalBackend
+
+        return LocalBackend()
+    from chatlearn.runtime.ray_backend import RayBackend
+
+    return RayBackend(log.folder.logs_dir)
+
+
+@contextmanager
+def _on_sigterm(session: Session) -> Iterator[None]:
+    """Let SIGTERM stop the loop at the next chance instead of ending the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop() -> None:
+        raise Terminated("terminated by SIGTERM")
+
+    def request_stop(_number: int, _frame: Any) -> None:
+        session.loop.interrupt = stop
+
+    previous = signal.signal(signal.SIGTERM, request_stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

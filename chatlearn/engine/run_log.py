@@ -1,0 +1,80 @@
+"""What a run leaves behind: its folder, metrics and timeline, and what a person sees meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from chatlearn.config import dump_config
+from chatlearn.metrics.progress import ProgressDisplay, open_progress
+from chatlearn.metrics.run_folder import RunFolder
+from chatlearn.metrics.timeline import Timeline
+from chatlearn.metrics.writers import (
+    JsonLinesWriter,
+    MetricLog,
+    MetricWriter,
+    TensorBoardWriter,
+    WandbWriter,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from types import TracebackType
+
+    from chatlearn.config import Config
+    from chatlearn.flow.execute import StageRecord
+
+__all__ = ["RunLog"]
+
+
+@dataclass
+class RunLog:
+    """Everything that is written during a run; a context manager that closes it."""
+
+    folder: RunFolder
+    metrics: MetricLog
+    timeline: Timeline
+    progress: ProgressDisplay
+
+    @classmethod
+    def open(cls, config: Config) -> RunLog:
+        """Make the run folder and open what goes into it."""
+        runtime = config.runtime
+        folder = RunFolder.create(runtime.output_dir, runtime.exp_name, dump_config(config))
+        writers: list[MetricWriter] = [JsonLinesWriter(folder.metrics_file)]
+        if runtime.enable_tensorboard:
+            writers.append(TensorBoardWriter(folder.tensorboard_dir))
+        if runtime.enable_wandb:
+            writers.append(WandbWriter(runtime.wandb_project, runtime.wandb_name, folder.path))
+        return cls(folder, MetricLog(writers), Timeline(folder.timeline_file), open_progress())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.timeline.write()
+        self.metrics.close()
+        self.progress.close()
+
+    def write(self, episode: int, num_episodes: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a finished episode."""
+        self.metrics.write(episode + 1, metrics)
+        self.timeline.write()
+        self.progress.episode(episode, num_episodes, metrics)
+
+    def write_extra(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of something before or between episodes."""
+        self.metrics.write(step, metrics)
+        shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        self.progress.message("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+    def add_spans(self, records: Iterable[StageRecord]) -> None:
+        """Put finished calls on the timeline."""
+        for record in records:
+            name = f"{record.flow_name}: {record.method_name}"
+            self.timeline.add(name, record.lane, record.report.start_s, record.report.end_s)

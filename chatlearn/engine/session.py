@@ -1,0 +1,151 @@
+"""Everything that is alive during one run, and its orderly end. Driver side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from chatlearn.engine.worker_calls import ModuleInfo, finish_episode, set_up_module, start_episode
+from chatlearn.flow.call_loop import CallLoop
+from chatlearn.flow.execute import FlowSettings
+from chatlearn.flow.lanes import LanePool
+from chatlearn.runtime.contract import ModelSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from chatlearn.config import Config
+    from chatlearn.engine.planning import RunPlan
+    from chatlearn.flow.execute import FlowRun
+    from chatlearn.runtime.contract import Backend, WorkerGroup
+
+__all__ = ["Session"]
+
+
+@dataclass
+class Session:
+    """The workers of a run and the loop that talks to them; a context manager that ends them."""
+
+    config: Config
+    plan: RunPlan
+    run_dir: Path
+    backend: Backend
+    groups: Mapping[str, tuple[WorkerGroup, ...]]
+    loop: CallLoop
+    pool: LanePool
+    infos: Mapping[str, ModuleInfo]
+
+    @classmethod
+    def open(cls, config: Config, plan: RunPlan, run_dir: Path, backend: Backend) -> Session:
+        """Start every worker and set up every module; on an error nothing is left running."""
+        try:
+            groups = backend.start(_build_specs(plan), plan.placement, config)
+            runtime = config.runtime
+            loop = CallLoop(backend, runtime.stage_timeout_s)
+            pool = LanePool(groups, runtime.colocation_groups)
+            session = cls(config, plan, run_dir, backend, groups, loop, pool, {})
+            session.infos = session._set_up_modules()
+        except BaseException:
+            backend.close()
+            raise
+        return session
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.backend.close()
+
+    def call_all(
+        self, function: Callable[..., Any], *args: Any, names: tuple[str, ...] | None = None
+    ) -> dict[str, list[Any]]:
+        """Run `function(context, *args)` on every rank of the named models (default: all).
+
+        Returns:
+            For each model, the results by replica and rank.
+        """
+        chosen = names if names is not None else tuple(self.groups)
+        calls = {
+            name: [call for group in self.groups[name] for call in group.call(function, *args)]
+            for name in chosen
+        }
+        return self.collect(calls, getattr(function, "__name__", "call"))
+
+    def collect(self, calls: Mapping[str, list[Any]], what: str) -> dict[str, list[Any]]:
+        """Wait for calls that were started, and fetch their results."""
+        flat = [call for batch in calls.values() for call in batch]
+        finished: list[str] = []
+        if flat:
+            self.loop.submit(flat, lambda: finished.append(what), what)
+            self.loop.run_until(lambda: bool(finished))
+        timeout_s = self.loop.stage_timeout_s
+        return {
+            name: [self.backend.fetch(call, timeout_s) for call in batch]
+            for name, batch in calls.items()
+        }
+
+    def flow_settings(self, iteration: int = 0) -> FlowSettings:
+        """How the config wants flows to be cut into calls."""
+        runtime = self.config.runtime
+        return FlowSettings(
+            batch_sizes={name: self._batch_size(name) for name in self.groups},
+            train_micro_batch_size=runtime.train_micro_batch_size,
+            is_deterministic=runtime.deterministic,
+            iteration=iteration,
+        )
+
+    def run_flow(self, run: FlowRun) -> None:
+        """Let a flow run to its end."""
+        self.loop.attach(run)
+        try:
+            self.loop.run_until(lambda: run.is_done)
+        finally:
+            self.loop.detach(run)
+
+    def start_episode(self) -> None:
+        """Call every module's `before_episode`."""
+        self.call_all(start_episode)
+
+    def finish_episode(self) -> dict[str, list[Mapping[str, float]]]:
+        """Call every module's `after_episode`; gives the metrics they logged."""
+        return self.call_all(finish_episode)
+
+    def _batch_size(self, name: str) -> int | None:
+        size = self.config.model(name).generation_batch_size
+        return size if size is not None else self.config.runtime.generation_batch_size
+
+    def _set_up_modules(self) -> dict[str, ModuleInfo]:
+        runtime = self.config.runtime
+        calls = {
+            name: [
+                call
+                for group in groups
+                for call in group.call(
+                    set_up_module, self.config.model(name), runtime, self.run_dir
+                )
+            ]
+            for name, groups in self.groups.items()
+        }
+        results = self.collect(calls, "setup")
+        return {name: found[0] for name, found in results.items()}
+
+
+def _build_specs(plan: RunPlan) -> tuple[ModelSpec, ...]:
+    return tuple(
+        ModelSpec(
+            name=request.model_name,
+            module=plan.flows.modules[request.model_name],
+            layout=request.layout,
+            num_replicas=request.num_replicas,
+            is_cpu_only=request.is_cpu_only,
+        )
+        for request in plan.requests
+    )
