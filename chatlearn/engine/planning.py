@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,12 +110,7 @@ def plan_run(flows: FlowPlan, config: Config, assume_devices: int | None = None)
         ConfigError: the config names a model that no flow calls, or sizes do not add up.
         PlacementError: the models do not fit on the devices.
     """
-    unknown = [name for name in config.models if name not in flows.modules]
-    if unknown:
-        raise ConfigError(
-            f"models.{unknown[0]} is configured, but no flow calls a model of that name; the "
-            f"flows call {', '.join(flows.modules)}"
-        )
+    _check_model_names(flows, config)
     trainable = set(flows.trainable)
     for name in flows.modules:
         if config.model(name).trainable and name not in trainable:
@@ -133,6 +129,18 @@ def synced_in_episode(episode: int | None, frequency: int) -> bool:
     if episode is None:
         return True
     return frequency > 0 and (episode + 1) % frequency == 0
+
+
+def _check_model_names(flows: FlowPlan, config: Config) -> None:
+    """A configured model that no flow calls is fine, unless its name looks like a slip."""
+    unconfigured = [name for name in flows.modules if name not in config.models]
+    for name in config.models:
+        close = difflib.get_close_matches(name, unconfigured, n=1)
+        if name not in flows.modules and close:
+            raise ConfigError(
+                f"models.{name}: no flow calls a model of that name; did you mean {close[0]!r}? "
+                f"The flows call {', '.join(flows.modules)}"
+            )
 
 
 def _add_modules(modules: dict[str, BaseModule], traced: TracedFlow) -> None:

@@ -204,19 +204,20 @@ class RayBackend:
             environment, tuple(sys.path), str(self._log_dir.resolve() / f"{name}.log")
         )
         strategy = PlacementGroupSchedulingStrategy(slot.group, slot.bundle)
-        actor = ray.remote(RayWorker).options(
+        # Groups of their own let a busy worker still be watched and asked for its stack.
+        kind = ray.remote(concurrency_groups={"watch": 1, "control": 1})(RayWorker)
+        actor = kind.options(
             num_cpus=slot.num_cpus,
             num_gpus=slot.num_gpus,
             scheduling_strategy=strategy,
             max_restarts=0,
-            concurrency_groups={"watch": 1, "control": 1},
         )
         return actor.remote(settings)
 
     def _connect(
         self, specs: Sequence[ModelSpec], config: Config
     ) -> dict[str, tuple[WorkerGroup, ...]]:
-        import cloudpickle
+        from ray import cloudpickle
 
         timeout_s = config.runtime.startup_timeout_s
         nodes = self._await(

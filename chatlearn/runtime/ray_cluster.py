@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def prepare_token() -> None:
     path.write_text(secrets.token_hex(32), encoding="ascii")
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    if "ray" in sys.modules:
+        # Ray has read its settings when it was imported; let it read them again.
+        from ray._raylet import Config
+
+        Config.initialize("")
 
 
 def choose_object_store(free_shm_bytes: int) -> dict[str, Any]:
@@ -72,9 +78,9 @@ def choose_object_store(free_shm_bytes: int) -> dict[str, Any]:
 
 def start_cluster(environment: dict[str, Any] | None) -> None:
     """Start a Ray of one node for this process."""
+    prepare_token()
     import ray
 
-    prepare_token()
     free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
     ray.init(
         include_dashboard=False,

@@ -83,7 +83,7 @@ class RayWorker:
         """Join the replica's process world and take the module in."""
         from datetime import timedelta
 
-        import cloudpickle
+        from ray import cloudpickle
         import torch
         import torch.distributed as dist
 

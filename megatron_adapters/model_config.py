@@ -1,0 +1,178 @@
+"""From the flat fields of the config to Megatron's configuration objects."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from chatlearn.config.model_fields import MODEL_FIELDS
+from chatlearn.errors import ConfigError
+from chatlearn.parallel.layout import ParallelLayout
+
+__all__ = ["ModelShape", "MegatronSettings", "build_settings"]
+
+_REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_sequence_length",
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What GPTModel takes besides its TransformerConfig."""
+
+    vocab_size: int
+    padded_vocab_size: int
+    max_sequence_length: int
+    position_embedding_type: str
+    rotary_base: float
+    rotary_percent: float
+    is_tied: bool
+
+
+@dataclass(frozen=True)
+class MegatronSettings:
+    """Megatron's configuration objects of one model.
+
+    Attributes:
+        transformer: TransformerConfig.
+        optimizer: OptimizerConfig.
+        ddp: DistributedDataParallelConfig.
+        shape: what GPTModel takes besides.
+        schedule: the learning rate schedule's fields.
+    """
+
+    transformer: Any
+    optimizer: Any
+    ddp: Any
+    shape: ModelShape
+    schedule: Mapping[str, Any]
+
+
+def build_settings(
+    name: str, fields: Mapping[str, Any], layout: ParallelLayout, device: torch.device
+) -> MegatronSettings:
+    """Build the configuration objects.
+
+    Fields that are left out get the defaults of a Llama-like decoder: RMSNorm, gated SiLU, rotary
+    positions, no biases, no dropout, untied embeddings.
+
+    Args:
+        name: the model, for messages.
+        fields: `models.<name>`'s Megatron fields.
+        layout: of the replica.
+        device: where the model will live.
+
+    Raises:
+        ConfigError: a required field is missing, or Megatron refuses a combination.
+    """
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    missing = [key for key in _REQUIRED if fields.get(key) is None]
+    if missing:
+        raise ConfigError(
+            f"models.{name}: a Megatron model needs {', '.join(_REQUIRED)}; "
+            f"missing: {', '.join(missing)}"
+        )
+    own = {key: fields.get(key, field.default) for key, field in MODEL_FIELDS.items()}
+    dtype = _dtype(fields)
+    given = {key: value for key, value in fields.items() if key not in MODEL_FIELDS}
+    transformer = {
+        **_transformer_defaults(fields, layout, device, dtype, is_gated=own["swiglu"]),
+        **_of(TransformerConfig, given),
+    }
+    if device.type == "cpu":
+        # gloo pairs messages of one peer by order: batched p2p mixes up virtual stages silently.
+        transformer["batch_p2p_comm"] = False
+    optimizer = {"lr": 1e-5, "params_dtype": dtype, "bf16": dtype == torch.bfloat16}
+    optimizer.update({"fp16": dtype == torch.float16, **_of(OptimizerConfig, given)})
+    ddp = {"grad_reduce_in_fp32": True, **_of(DistributedDataParallelConfig, given)}
+    ddp["use_distributed_optimizer"] = bool(given.get("use_distributed_optimizer", False))
+    optimizer["use_distributed_optimizer"] = ddp["use_distributed_optimizer"]
+    try:
+        return MegatronSettings(
+            TransformerConfig(**transformer),
+            OptimizerConfig(**optimizer),
+            DistributedDataParallelConfig(**ddp),
+            _shape(own, layout),
+            {key: value for key, value in own.items() if key.startswith("lr_")},
+        )
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"models.{name}: Megatron refuses the fields: {error}") from error
+
+
+def _transformer_defaults(
+    fields: Mapping[str, Any],
+    layout: ParallelLayout,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_gated: bool,
+) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tp_size,
+        "pipeline_model_parallel_size": layout.pp_size,
+        "virtual_pipeline_model_parallel_size": layout.vpp_size if layout.vpp_size > 1 else None,
+        "context_parallel_size": layout.cp_size,
+        "expert_model_parallel_size": layout.ep_size,
+        "expert_tensor_parallel_size": layout.etp_size,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": is_gated,
+        "activation_func": torch.nn.functional.silu if is_gated else torch.nn.functional.gelu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": _has_fused_accumulation(device),
+        "apply_rope_fusion": False,
+        "variable_seq_lengths": False,
+        "use_cpu_initialization": device.type == "cpu",
+        "perform_initialization": False,
+    }
+    if "num_moe_experts" in fields:
+        defaults["moe_token_dispatcher_type"] = "alltoall"
+    return defaults
+
+
+def _shape(own: Mapping[str, Any], layout: ParallelLayout) -> ModelShape:
+    multiple = own["make_vocab_size_divisible_by"] * layout.tp_size
+    return ModelShape(
+        vocab_size=own["vocab_size"],
+        padded_vocab_size=-(-own["vocab_size"] // multiple) * multiple,
+        max_sequence_length=own["max_sequence_length"],
+        position_embedding_type=own["position_embedding_type"],
+        rotary_base=own["rotary_base"],
+        rotary_percent=own["rotary_percent"],
+        is_tied=not own["untie_embeddings_and_output_weights"],
+    )
+
+
+def _of(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {key: value for key, value in given.items() if key in names}
+
+
+def _dtype(fields: Mapping[str, Any]) -> torch.dtype:
+    if fields.get("bf16"):
+        return torch.bfloat16
+    return torch.float16 if fields.get("fp16") else torch.float32
+
+
+def _has_fused_accumulation(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
