@@ -1,1 +1,1 @@
-"""TODO"""
+"""Losses, advantages and KL estimates: pure functions of tensors."""
