@@ -1,0 +1,131 @@
+"""Runs micro-batches through Megatron's pipeline schedules, forward only or with gradients."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_adapters.batches import PaddedBatch
+from megatron_adapters.parallel_state import ParallelGroups
+
+__all__ = ["MicroBatchResult", "run_forward", "run_forward_backward"]
+
+
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """What a loss function gives on the last stage.
+
+    Attributes:
+        loss: scalar with gradient; the sum over micro-batches and ranks is the batch's loss.
+        kept: detached tensors to hand to the caller.
+    """
+
+    loss: torch.Tensor
+    kept: Any
+
+
+LossFunction = Callable[[torch.Tensor, PaddedBatch], MicroBatchResult]
+
+
+def run_forward(
+    chunks: Sequence[Any],
+    batches: Sequence[PaddedBatch],
+    compute: Callable[[torch.Tensor, PaddedBatch], Any],
+    groups: ParallelGroups,
+) -> list[Any]:
+    """`compute(output, batch)` for each micro-batch, without gradients.
+
+    Args:
+        chunks: the model chunks of this rank.
+        batches: padded to one shape.
+        compute: gets the model's output [rows, length, ...]; runs on the last stage.
+        groups: of this rank.
+
+    Returns:
+        The results in order on the last stage; nothing elsewhere.
+    """
+
+    def as_loss(output: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
+        return MicroBatchResult(output.new_zeros(()), compute(output, batch))
+
+    with torch.no_grad():
+        return _run(chunks, batches, as_loss, groups, forward_only=True)
+
+
+def run_forward_backward(
+    chunks: Sequence[Any],
+    batches: Sequence[PaddedBatch],
+    loss_function: LossFunction,
+    groups: ParallelGroups,
+) -> list[Any]:
+    """Forward and backward over the micro-batches; gradients add up in the chunks.
+
+    The schedule divides every loss by the number of micro-batches, and gradient reduction divides
+    by the data-parallel size; both are undone here, so the gradient is that of the plain sum of
+    the losses over all micro-batches and ranks.
+    """
+    scale = float(len(batches) * groups.data_with_context.size())
+
+    def scaled(output: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
+        result = loss_function(output, batch)
+        return MicroBatchResult(result.loss * scale, result.kept)
+
+    return _run(chunks, batches, scaled, groups, forward_only=False)
+
+
+def _run(
+    chunks: Sequence[Any],
+    batches: Sequence[PaddedBatch],
+    loss_function: LossFunction,
+    groups: ParallelGroups,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    padded = _fill_pipeline(batches, groups)
+
+    def forward_step(iterator: Iterator[PaddedBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        batch = next(iterator)
+        output = model(batch.token_ids, batch.position_ids, None)
+
+        def finish(result: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            found = loss_function(result, batch)
+            # The schedule divides the loss it gets in place: hand out what is kept by itself.
+            return found.loss, {"kept": found.kept}
+
+        return output, finish
+
+    iterators: Any = [iter(padded) for _ in chunks]
+    rows, length = padded[0].token_ids.shape
+    store = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(padded),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    return [entry["kept"] for entry in store][: len(batches)]
+
+
+def _fill_pipeline(batches: Sequence[PaddedBatch], groups: ParallelGroups) -> list[PaddedBatch]:
+    """Virtual stages need a multiple of the pipeline's length: fill with masked batches."""
+    padded = list(batches)
+    if groups.layout.vpp_size > 1:
+        while len(padded) % groups.layout.pp_size:
+            last = padded[-1]
+            empty = {key: torch.zeros_like(value) for key, value in last.extras.items()}
+            padded.append(
+                PaddedBatch(
+                    last.token_ids,
+                    last.position_ids,
+                    last.targets,
+                    torch.zeros_like(last.mask),
+                    0,
+                    empty,
+                )
+            )
+    return padded

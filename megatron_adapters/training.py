@@ -1,0 +1,151 @@
+"""One optimizer step on one global batch, the same for every layout."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from chatlearn.errors import NumericsError
+from megatron_adapters.batches import PaddedBatch
+from megatron_adapters.model_config import MegatronSettings
+from megatron_adapters.parallel_state import ParallelGroups
+from megatron_adapters.pipeline import MicroBatchResult, run_forward_backward
+
+__all__ = ["StepResult", "TrainingState", "build_training_state", "reduce_over_data", "train_batch"]
+
+_FOREVER = 1 << 40
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What training needs besides the weights.
+
+    Attributes:
+        chunks: model chunks, wrapped for gradient reduction.
+        optimizer: Megatron's optimizer.
+        scheduler: Megatron's learning rate schedule.
+        groups: of this rank.
+        name: the model, for messages.
+    """
+
+    chunks: Sequence[Any]
+    optimizer: Any
+    scheduler: Any
+    groups: ParallelGroups
+    name: str
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; equal on every rank.
+
+    Attributes:
+        sums: what the loss function kept, added over micro-batches and data-parallel ranks.
+        grad_norm: before clipping.
+        learning_rate: of this step.
+    """
+
+    sums: torch.Tensor
+    grad_norm: float
+    learning_rate: float
+
+
+def build_training_state(
+    name: str, chunks: Sequence[Any], settings: MegatronSettings, groups: ParallelGroups
+) -> TrainingState:
+    """Optimizer and schedule over the chunks."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    optimizer = get_megatron_optimizer(settings.optimizer, list(chunks))
+    config = settings.transformer
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    scheduler = _build_scheduler(optimizer, settings)
+    return TrainingState(chunks, optimizer, scheduler, groups, name)
+
+
+def train_batch(
+    state: TrainingState,
+    batches: Sequence[PaddedBatch],
+    loss_function: Callable[[torch.Tensor, PaddedBatch], MicroBatchResult],
+    num_sums: int,
+) -> StepResult:
+    """Forward, backward, clip, update.
+
+    Args:
+        state: of the model.
+        batches: this rank's micro-batches.
+        loss_function: gives a micro-batch's share of the global loss, and in `kept` a [num_sums]
+            tensor whose first entry is that share.
+        num_sums: length of `kept`.
+
+    Raises:
+        NumericsError: the loss or the gradient norm is not finite; raised on every rank.
+    """
+    for chunk in state.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    learning_rate = float(state.optimizer.param_groups[0]["lr"])
+    kept = run_forward_backward(state.chunks, batches, loss_function, state.groups)
+    sums = _collect(kept, num_sums, state.groups)
+    if not torch.isfinite(sums[0]):
+        raise NumericsError(
+            f"model {state.name!r}: the loss is {float(sums[0])}: lower the learning rate, or look "
+            "for rows with extreme rewards or log-probabilities"
+        )
+    updated, grad_norm, _ = state.optimizer.step()
+    norm = float(grad_norm) if grad_norm is not None else 0.0
+    if not updated or norm != norm or norm == float("inf"):
+        raise NumericsError(
+            f"model {state.name!r}: the gradient norm is {norm}: lower the learning rate"
+        )
+    state.scheduler.step(increment=1)
+    return StepResult(sums, norm, learning_rate)
+
+
+def reduce_over_data(sums: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
+    """Add a tensor over the data-parallel ranks, in float64."""
+    total = sums.double()
+    if groups.data_with_context.size() > 1:
+        dist.all_reduce(total, group=groups.data_with_context)
+    return total
+
+
+def _collect(kept: Sequence[torch.Tensor], num_sums: int, groups: ParallelGroups) -> torch.Tensor:
+    """Add what the last stage kept over micro-batches and ranks, and tell every stage."""
+    if kept:
+        total = torch.stack([entry.double() for entry in kept]).sum(0)
+    else:
+        total = torch.zeros(num_sums, dtype=torch.float64)
+        if torch.cuda.is_available():
+            total = total.cuda()
+    total = reduce_over_data(total, groups)
+    if groups.pipeline.size() > 1:
+        last = dist.get_process_group_ranks(groups.pipeline)[-1]
+        dist.broadcast(total, src=last, group=groups.pipeline)
+    return total.cpu()
+
+
+def _build_scheduler(optimizer: Any, settings: MegatronSettings) -> Any:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    config, fields = settings.optimizer, settings.schedule
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr or 0.0,
+        lr_warmup_steps=fields["lr_warmup_steps"],
+        lr_decay_steps=fields["lr_decay_steps"] or _FOREVER,
+        lr_decay_style=fields["lr_decay_style"],
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        wsd_decay_steps=fields["lr_wsd_decay_steps"],
+        lr_wsd_decay_style=fields["lr_wsd_decay_style"],
+    )
