@@ -141,7 +141,9 @@ def _transformer_defaults(
         "apply_rope_fusion": False,
         "variable_seq_lengths": False,
         "use_cpu_initialization": device.type == "cpu",
-        "perform_initialization": False,
+        # Megatron marks tensor-parallel parameters only where it initialises them; without the
+        # marks the gradient norm leaves out all shards but the first, in silence.
+        "perform_initialization": True,
     }
     if "num_moe_experts" in fields:
         defaults["moe_token_dispatcher_type"] = "alltoall"
