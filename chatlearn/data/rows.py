@@ -6,7 +6,8 @@ module's method is called (`collate`), so rows of different lengths need no padd
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -54,28 +55,29 @@ class RowBatch:
         """Build from one mapping per row.
 
         Raises:
-            DataError: a row is no mapping, rows have different keys, or there are not as many
-                rows as ids.
+            DataError: a row is no mapping, rows have different keys, an id occurs twice, or
+                there are not as many rows as ids.
         """
         if len(row_ids) != len(rows):
             raise DataError(f"got {len(rows)} rows for {len(row_ids)} row ids")
-        columns: dict[str, list[Any]] = {}
+        _check_single(row_ids)
+        columns: dict[str, list[Any]] | None = None
         for row_id, row in zip(row_ids, rows, strict=True):
             if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise DataError(
                     f"row {row_id} is a {type(row).__name__}; expected a mapping of column names "
                     "to values (build_dataset makes such rows)"
                 )
-            if not columns:
+            if columns is None:
                 columns = {key: [] for key in row}
             if row.keys() != columns.keys():
                 raise DataError(
-                    f"row {row_id} has the keys {sorted(row)}; the rows before it have "
+                    f"row {row_id} has the keys {sorted(map(str, row))}; the rows before it have "
                     f"{sorted(columns)}: give every row the same keys"
                 )
             for key, value in row.items():
                 columns[key].append(value)
-        return cls(tuple(row_ids), columns)
+        return cls(tuple(row_ids), columns or {})
 
     @classmethod
     def from_output(cls, row_ids: Sequence[RowId], output: Any, producer: str) -> RowBatch:
@@ -138,9 +140,7 @@ class RowBatch:
                     f"batches have different columns: {sorted(keys)} and {sorted(part.columns)}"
                 )
         row_ids = tuple(row_id for part in parts for row_id in part.row_ids)
-        if len(set(row_ids)) != len(row_ids):
-            doubled = [row_id for row_id in dict.fromkeys(row_ids) if row_ids.count(row_id) > 1]
-            raise DataError(f"rows occur twice: {_list_rows(doubled)}")
+        _check_single(row_ids)
         if len(parts) == 1:
             return parts[0]
         columns = {key: [value for part in parts for value in part.columns[key]] for key in keys}
@@ -187,6 +187,13 @@ def _rebuild_batch(row_ids: tuple[RowId, ...], packed: Mapping[str, Any]) -> Row
     return RowBatch(row_ids, {key: unpack_column(column) for key, column in packed.items()})
 
 
+def _check_single(row_ids: Sequence[RowId]) -> None:
+    if len(set(row_ids)) == len(row_ids):
+        return
+    doubled = [row_id for row_id, count in Counter(row_ids).items() if count > 1]
+    raise DataError(f"rows occur twice: {_list_rows(doubled)}")
+
+
 def _check_same(
     key: str,
     row_ids: Sequence[RowId],
@@ -203,23 +210,36 @@ def _check_same(
 
 
 def _is_same(one: Any, other: Any) -> bool:
+    """Equal content: tensors and arrays by dtype, shape and value, NaN equal to NaN."""
+    import numpy as np
     import torch
 
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+    for kind, is_equal in ((torch.Tensor, _is_same_tensor), (np.ndarray, _is_same_array)):
+        if isinstance(one, kind) or isinstance(other, kind):
+            return isinstance(one, kind) and isinstance(other, kind) and is_equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if type(one) is not type(other) or len(one) != len(other):
             return False
-        if one.dtype != other.dtype or one.shape != other.shape:
-            return False
-        if one.is_floating_point():
-            return bool(torch.equal(one, other) or torch.allclose(one, other, 0, 0, equal_nan=True))
-        return torch.equal(one, other)
-    if hasattr(one, "__array__") or hasattr(other, "__array__"):
-        import numpy as np
+        return all(_is_same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other) or bool(one != one and other != other)
 
-        return type(one) is type(other) and bool(np.array_equal(one, other))
-    if isinstance(one, float) and isinstance(other, float):
-        return one == other or (one != one and other != other)
-    return type(one) is type(other) and bool(one == other)
+
+def _is_same_tensor(one: Any, other: Any) -> bool:
+    import torch
+
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    if one.is_floating_point() or one.is_complex():
+        return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return torch.equal(one, other)
+
+
+def _is_same_array(one: Any, other: Any) -> bool:
+    import numpy as np
+
+    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
 
 
 def _cut_column(value: Any, num_rows: int, what: str) -> list[Any]:
@@ -233,7 +253,7 @@ def _cut_column(value: Any, num_rows: int, what: str) -> list[Any]:
                 f"{num_rows}, one entry per row"
             )
         return list(value.detach().cpu().unbind(0))
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+    if isinstance(value, str | bytes | Mapping | Set) or not hasattr(value, "__len__"):
         raise DataError(
             f"{what} is a {type(value).__name__}; expected a tensor or a list with {num_rows} "
             "entries, one per row"

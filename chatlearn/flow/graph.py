@@ -6,9 +6,10 @@ from typing import Any
 
 from chatlearn.errors import FlowError
 
-__all__ = ["ROOT", "FlowGraph", "FlowNode", "describe_graph", "sort_nodes"]
+__all__ = ["ROOT", "TRAIN_METHOD", "FlowGraph", "FlowNode", "describe_graph", "sort_nodes"]
 
 ROOT = -1
+TRAIN_METHOD = "train_step"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from chatlearn.models.base import BaseModule
 
 __all__ = ["ControlDependencies", "TracedFlow", "trace_flow"]
+
+_RETURN_REMEDY = (
+    "return outputs of model calls (one, or several in a tuple, list or dict) or nothing"
+)
 
 
 @dataclass(frozen=True)
@@ -34,26 +38,28 @@ def trace_flow(function: Callable[[Any], Any], *, name: str) -> TracedFlow:
         name: what the flow is, for messages.
 
     Raises:
-        FlowError: the flow calls no model, does something with a batch that cannot be traced,
-            or returns something other than outputs of its calls. What else the function raises
-            comes through as it is.
+        FlowError: the flow is not a plain function of one argument, calls no model, does
+            something with a batch that cannot be traced, or returns something other than
+            outputs of its calls. What else the function raises comes through as it is.
     """
-    _check_function(function, name)
-    recorder = _Recorder(name)
-    batch = recorder.root
+    flow = _describe_function(function, name)
+    _check_function(function, flow)
+    recorder = _Recorder()
     with recording(recorder):
-        result = function(batch)
-    outputs = [recorder.index_of(value, "returns") for value in _returned(result, name)]
-    if ROOT in outputs:
-        raise FlowError(f"the {name} flow returns its argument: return outputs of model calls")
-    graph = sort_nodes(name, recorder.nodes, outputs)
-    return TracedFlow(graph, recorder.modules)
+        result = function(recorder.root)
+    outputs = [_output_index(recorder, value, flow) for value in _returned(result, flow)]
+    if not recorder.nodes:
+        raise FlowError(
+            f"{flow} calls no model: call a method of a module on the batch, such as "
+            "policy.forward_step(batch)"
+        )
+    return TracedFlow(sort_nodes(name, recorder.nodes, outputs), recorder.modules)
 
 
 @contextmanager
 def ControlDependencies(  # noqa: N802 - the name that users of this interface know
     dependencies: FlowValue | Sequence[FlowValue],
-) -> Iterator[None]:
+) -> Generator[None]:
     """Calls within the block run after `dependencies`, without taking data from them.
 
     Args:
@@ -64,10 +70,20 @@ def ControlDependencies(  # noqa: N802 - the name that users of this interface k
     """
     recorder = current_recorder()
     if not isinstance(recorder, _Recorder):
-        raise FlowError("ControlDependencies is only meaningful inside a flow")
-    values = [dependencies] if isinstance(dependencies, FlowValue) else list(dependencies)
-    indices = [recorder.index_of(value, "depends on") for value in values]
-    recorder.push_dependencies(tuple(index for index in indices if index != ROOT))
+        raise FlowError(
+            f"{find_flow_line()}\nControlDependencies is used outside a flow: use it in a function "
+            "that is given to Environment, Trainer or Evaluator"
+        )
+    values: Sequence[object] = (
+        dependencies if isinstance(dependencies, list | tuple) else (dependencies,)
+    )
+    indices = [recorder.index_of(value) for value in values]
+    if None in indices:
+        raise FlowError(
+            f"{find_flow_line()}\nControlDependencies got {dependencies!r}; expected an output of "
+            "a call of this flow, or several in a list or tuple"
+        )
+    recorder.push_dependencies(tuple(i for i in indices if i is not None and i != ROOT))
     try:
         yield
     finally:
@@ -77,11 +93,10 @@ def ControlDependencies(  # noqa: N802 - the name that users of this interface k
 class _Recorder:
     """Collects the calls of one trace."""
 
-    def __init__(self, flow_name: str) -> None:
+    def __init__(self) -> None:
         self.root = FlowValue("the flow's argument")
         self.nodes: list[FlowNode] = []
         self.modules: dict[str, BaseModule] = {}
-        self._flow_name = flow_name
         self._indices: dict[FlowValue, int] = {self.root: ROOT}
         self._dependencies: list[tuple[int, ...]] = []
 
@@ -99,25 +114,32 @@ class _Recorder:
                 f"{line}\ntwo different models are called {module.name!r}: give each model a name "
                 "of its own"
             )
-        indices = tuple(dict.fromkeys(self.index_of(value, "takes") for value in inputs))
+        indices = [self.index_of(value) for value in dict.fromkeys(inputs)]
+        if None in indices:
+            raise FlowError(
+                f"{line}\n{module.name}.{method_name} takes {inputs[indices.index(None)]!r} of "
+                "another flow: pass this flow's argument or an output of its calls"
+            )
         after = tuple(sorted({index for group in self._dependencies for index in group}))
         index = len(self.nodes)
         self.nodes.append(
-            FlowNode(index, module.name, method_name, indices, line, dict(constants), after)
+            FlowNode(
+                index,
+                module.name,
+                method_name,
+                tuple(found for found in indices if found is not None),
+                line,
+                dict(constants),
+                after,
+            )
         )
         value = FlowValue(f"output of {module.name}.{method_name}")
         self._indices[value] = index
         return value
 
-    def index_of(self, value: object, verb: str) -> int:
-        """Which node made `value`."""
-        for known, index in self._indices.items():
-            if known is value:
-                return index
-        raise FlowError(
-            f"the {self._flow_name} flow {verb} {value!r}, which is neither its argument nor an "
-            "output of one of its calls"
-        )
+    def index_of(self, value: object) -> int | None:
+        """Which node made `value`; ROOT for the flow's argument, None for anything else."""
+        return self._indices.get(value) if isinstance(value, FlowValue) else None
 
     def push_dependencies(self, indices: tuple[int, ...]) -> None:
         """Calls from now on run after these."""
@@ -128,19 +150,29 @@ class _Recorder:
         self._dependencies.pop()
 
 
-def _check_function(function: Callable[[Any], Any], name: str) -> None:
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise FlowError(f"the {name} flow is async or a generator: write a plain function")
+def _describe_function(function: Callable[[Any], Any], name: str) -> str:
+    """How messages call the flow: its part, and where it is defined."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return f"the {name} flow {function!r}"
+    return f"the {name} flow {code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _check_function(function: Callable[[Any], Any], flow: str) -> None:
+    kinds = (
+        inspect.iscoroutinefunction,
+        inspect.isgeneratorfunction,
+        inspect.isasyncgenfunction,
+    )
+    if any(is_kind(function) for is_kind in kinds):
+        raise FlowError(f"{flow} is async or a generator: write a plain function")
     try:
-        signature = inspect.signature(function)
-        signature.bind(None)
-    except TypeError as error:
-        raise FlowError(
-            f"the {name} flow takes one argument, the batch; {error}: {function!r}"
-        ) from error
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError) as error:
+        raise FlowError(f"{flow} must take one argument, the batch: {error}") from error
 
 
-def _returned(result: object, name: str) -> list[object]:
+def _returned(result: object, flow: str) -> list[object]:
     if result is None:
         return []
     if isinstance(result, FlowValue):
@@ -149,7 +181,12 @@ def _returned(result: object, name: str) -> list[object]:
         return list(cast("Mapping[object, object]", result).values())
     if isinstance(result, list | tuple):
         return list(cast("Sequence[object]", result))
-    raise FlowError(
-        f"the {name} flow returns {type(result).__name__}; return outputs of model calls (one, or "
-        "several in a tuple, list or dict) or nothing"
-    )
+    raise FlowError(f"{flow} returns {result!r}; {_RETURN_REMEDY}")
+
+
+def _output_index(recorder: _Recorder, value: object, flow: str) -> int:
+    index = recorder.index_of(value)
+    if index is None or index == ROOT:
+        what = "its argument" if index == ROOT else repr(value)
+        raise FlowError(f"{flow} returns {what}; {_RETURN_REMEDY}")
+    return index

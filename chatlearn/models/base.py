@@ -7,20 +7,20 @@ constructor must be light; `setup` builds what is heavy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from chatlearn.errors import ChatLearnError, FlowError
 from chatlearn.models.plain_weights import (
     describe_state_dict,
     load_state,
     save_state,
+    state_file_name,
     state_tensors,
 )
-from chatlearn.models.tracing import wrap_public_methods
+from chatlearn.models.tracing import STEPS, trace_methods
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch.distributed import ProcessGroup
 
@@ -31,30 +31,38 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseModule"]
 
+AttachedT = TypeVar("AttachedT")
+
 
 class BaseModule:
     """One model of a flow.
 
     Users override `setup`, `forward_step`, `train_step`, `eval_step`, `build_dataset`,
     `save_checkpoint`, `before_episode`, `after_episode`, or add methods of their own and call
-    them in a flow. A plain module holds any torch model in `self.model`.
+    them in a flow. A method that a flow calls may also take `iteration`, and options that the
+    flow gives by keyword. A plain module holds any torch model in `self.model` and, if it
+    trains, the optimizer in `self.optimizer`.
 
     Attributes:
         name: the model's name in flows, config and messages.
         args: options of the user's own, given to the constructor.
+        model: a torch module, once `setup` has built one.
+        optimizer: a torch optimizer, if the module trains.
         row_ids: during a call, the ids of its rows (in `train_step`: a list for each
-            micro-batch).
+            micro-batch; in `prepare_episode`: a list of those for each global batch).
         iteration: during a call, how many of its kind came before.
         policy_version: weight syncs received so far.
+        needs_whole_episode: a trainer that sets this is shown all of an episode's batches, by
+            `prepare_episode`, before its first update.
     """
 
-    needs_whole_episode: ClassVar[bool] | bool = False
+    needs_whole_episode: bool = False
 
     def __init__(self, name: str, args: Mapping[str, Any] | None = None) -> None:
         if not isinstance(name, str) or not name.isidentifier():  # pyright: ignore[reportUnnecessaryIsInstance]
             raise FlowError(
-                f"a model's name is an identifier such as 'policy' (it is a key of the config), "
-                f"got {name!r}"
+                f"got the model name {name!r}; expected an identifier such as 'policy': it is "
+                "a key of the config"
             )
         self.name = name
         self.args = dict(args or {})
@@ -66,11 +74,13 @@ class BaseModule:
         self._context: WorkerContext | None = None
         self._module_args: ModelConfig | None = None
         self._runtime_args: RuntimeConfig | None = None
+        self._run_dir: Path | None = None
+        self._checkpoint_dir: Path | None = None
         self._metrics: dict[str, float] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        wrap_public_methods(cls, BaseModule)
+        trace_methods(cls)
 
     # What users override.
 
@@ -86,23 +96,23 @@ class BaseModule:
         Returns:
             Columns with as many rows, in the same order.
         """
-        raise ChatLearnError(f"model {self.name!r} has no forward_step: {type(self).__name__}")
+        raise self._missing("forward_step")
 
     def train_step(self, data: list[dict[str, Any]]) -> Mapping[str, float] | None:
         """One update on this rank's part of a global batch.
 
         Args:
             data: its micro-batches, each like the argument of `forward_step`; some may have no
-                rows, so that every rank has equally many.
+                rows (empty lists), so that every rank has equally many.
 
         Returns:
             Metrics by name, or None.
         """
-        raise ChatLearnError(f"model {self.name!r} has no train_step: {type(self).__name__}")
+        raise self._missing("train_step")
 
     def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Evaluation of one micro-batch; like `forward_step`."""
-        raise ChatLearnError(f"model {self.name!r} has no eval_step: {type(self).__name__}")
+        raise self._missing("eval_step")
 
     def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> Sequence[Any]:
         """Rows of the data set: one mapping per prompt (a torch Dataset serves, too).
@@ -114,10 +124,15 @@ class BaseModule:
     def save_checkpoint(self, iteration: int) -> None:
         """Save the model under `self.checkpoint_dir`; every rank calls it.
 
-        The default saves `self.model` and `self.optimizer` by their state dicts, once.
+        The default saves `self.model` and `self.optimizer` by their state dicts, one file for
+        each rank of the first data-parallel copy; a module without a model saves nothing.
+
+        Args:
+            iteration: global batches trained on so far.
         """
         if self.model is not None and self.data_parallel_rank == 0:
-            save_state(self.checkpoint_dir, self.model, self.optimizer, iteration)
+            path = self.checkpoint_dir / state_file_name(self.layout, self.rank)
+            save_state(path, self.model, self.optimizer, iteration)
 
     def before_episode(self) -> None:
         """Called on every worker when an episode begins."""
@@ -130,17 +145,22 @@ class BaseModule:
     @property
     def context(self) -> WorkerContext:
         """The worker this module lives in; an error on the driver."""
-        if self._context is None:
-            raise ChatLearnError(
-                f"model {self.name!r} is only a description here: its worker attributes exist "
-                "inside its workers (in setup, forward_step, ...)"
-            )
-        return self._context
+        return self._attached(self._context)
 
     @property
     def layout(self) -> ParallelLayout:
         """Parallel layout of this replica."""
         return self.context.layout
+
+    @property
+    def rank(self) -> int:
+        """Rank within the replica's process world."""
+        return self.context.rank
+
+    @property
+    def replica_id(self) -> int:
+        """Which replica of the model this is, from 0."""
+        return self.context.replica
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +170,12 @@ class BaseModule:
     @property
     def data_parallel_rank(self) -> int:
         """This rank's position among those with the same shard."""
-        return self.layout.coordinates(self.context.rank).dp_rank
+        return self.layout.coordinates(self.rank).dp_rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of ranks with the same shard, over which a global batch is spread."""
+        return self.layout.dp_size
 
     @property
     def data_parallel_group(self) -> ProcessGroup | None:
@@ -160,25 +185,35 @@ class BaseModule:
     @property
     def module_args(self) -> ModelConfig:
         """This model's section of the config."""
-        if self._module_args is None:
-            raise ChatLearnError(f"model {self.name!r} has no config here: it is set in workers")
-        return self._module_args
+        return self._attached(self._module_args)
 
     @property
     def runtime_args(self) -> RuntimeConfig:
         """The config's runtime section."""
-        if self._runtime_args is None:
-            raise ChatLearnError(f"model {self.name!r} has no config here: it is set in workers")
-        return self._runtime_args
+        return self._attached(self._runtime_args)
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """Megatron's fields and free options of this model, in one dict."""
+        """Megatron's fields, `models.<name>.args` and the constructor's `args`; later wins."""
         return {**self.module_args.megatron, **self.module_args.args, **self.args}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self._attached(self._run_dir)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where `save_checkpoint` writes; the framework sets it for each checkpoint."""
+        return self._attached(self._checkpoint_dir)
+
+    @checkpoint_dir.setter
+    def checkpoint_dir(self, folder: Path) -> None:
+        self._checkpoint_dir = folder
 
     def is_last_rank(self) -> bool:
         """Whether this is the replica's last rank."""
-        return self.context.rank == self.layout.world_size - 1
+        return self.rank == self.layout.world_size - 1
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Report numbers; the driver averages them over calls, weighted by rows."""
@@ -197,8 +232,8 @@ class BaseModule:
         self._context = context
         self._module_args = module_args
         self._runtime_args = runtime_args
-        self.run_dir = run_dir
-        self.checkpoint_dir = run_dir / "checkpoints" / self.name
+        self._run_dir = run_dir
+        self._checkpoint_dir = run_dir / "checkpoints" / self.name
 
     def initialize(self) -> None:
         """Prepare the process for the model; runs after `attach`, before `setup`."""
@@ -221,8 +256,13 @@ class BaseModule:
         self.policy_version = version
 
     def load_checkpoint(self, folder: str) -> None:
-        """Load what `save_checkpoint` saved."""
-        load_state(folder, self.model, self.optimizer, self.device)
+        """Load what `save_checkpoint` saved.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or does not fit the model.
+        """
+        path = Path(folder) / state_file_name(self.layout, self.rank)
+        load_state(path, self.model, self.optimizer, self.device)
 
     def prepare_episode(self, batches: list[list[dict[str, Any]]]) -> None:
         """See every global batch of an episode before its first update.
@@ -232,3 +272,20 @@ class BaseModule:
         Args:
             batches: this rank's micro-batches of each global batch.
         """
+
+    def _attached(self, value: AttachedT | None) -> AttachedT:
+        if value is None:
+            raise ChatLearnError(
+                f"model {self.name!r} is only a description here, in the program that builds the "
+                "flows: layout, device, config and folders are there inside its workers (in "
+                "setup, forward_step, ...)"
+            )
+        return value
+
+    def _missing(self, method_name: str) -> FlowError:
+        return FlowError(
+            f"model {self.name!r} has no {method_name}: define it in {type(self).__name__}"
+        )
+
+
+trace_methods(BaseModule, missing=STEPS)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import pickle
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import ChatLearnError, CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import torch
 
+    from chatlearn.parallel.layout import ParallelLayout
     from chatlearn.parallel.sharding import TensorShard
 
-__all__ = ["describe_state_dict", "load_state", "save_state", "state_tensors"]
-
-_FILE = "model.pt"
+__all__ = [
+    "describe_state_dict",
+    "load_state",
+    "save_state",
+    "state_file_name",
+    "state_tensors",
+]
 
 
 def state_tensors(name: str, model: Any) -> Mapping[str, torch.Tensor]:
@@ -51,32 +57,54 @@ def describe_state_dict(name: str, model: Any) -> tuple[TensorShard, ...]:
     )
 
 
-def save_state(folder: Path, model: Any, optimizer: Any, iteration: int) -> None:
-    """Write model and optimizer into `folder`; the file appears whole or not at all."""
-    import torch
-
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {"model": model.state_dict(), "iteration": iteration}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.state_dict()
-    draft = folder / f".{_FILE}.partial"
-    torch.save(state, draft)
-    os.replace(draft, folder / _FILE)
+def state_file_name(layout: ParallelLayout, rank: int) -> str:
+    """The file of one rank: one for the model, or one for each part that it is cut into."""
+    if layout.world_size == layout.dp_size:
+        return "model.pt"
+    at = layout.coordinates(rank)
+    return f"model.tp{at.tp_rank}.cp{at.cp_rank}.pp{at.pp_rank}.pt"
 
 
-def load_state(folder: str, model: Any, optimizer: Any, device: torch.device) -> None:
-    """Read what `save_state` wrote, without running code from the file.
+def save_state(path: Path, model: Any, optimizer: Any, iteration: int) -> None:
+    """Write model and optimizer to `path`; the file appears whole or not at all.
 
     Raises:
-        CheckpointError: the file is missing or does not fit the model.
+        CheckpointError: the file cannot be written.
     """
     import torch
 
-    path = Path(folder) / _FILE
+    state = {"model": model.state_dict(), "iteration": iteration}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.state_dict()
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, draft)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load_state(path: Path, model: Any, optimizer: Any, device: torch.device) -> None:
+    """Read what `save_state` wrote, without running code from the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or does not fit the model.
+    """
+    import torch
+
+    if model is None:
+        raise CheckpointError(f"{path} cannot be loaded: build self.model in setup() first")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         if optimizer is not None and "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} cannot be loaded: it is damaged, or holds more than tensors and numbers"
+        ) from error
