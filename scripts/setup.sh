@@ -27,10 +27,9 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     "${pip[@]}" "torch>=2.11"
   else
-    # A bare `torch` would bring gigabytes of CUDA libraries. This index serves the CPU build;
-    # where it cannot be reached, pip takes the same version from the usual one.
-    "${pip[@]}" "$torch_cpu" --extra-index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" \
-      || "${pip[@]}" "$torch_cpu"
+    # A pinned version first: a bare `torch` may bring gigabytes of CUDA libraries. TORCH_INDEX
+    # names an index with CPU builds where the usual one serves CUDA builds only.
+    "${pip[@]}" "$torch_cpu" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
   fi
 fi
 "${pip[@]}" --editable '.[dev]'

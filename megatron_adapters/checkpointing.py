@@ -1,0 +1,178 @@
+"""Saves and loads models in Megatron's distributed format, which loads at another layout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatlearn.errors import CheckpointError
+from megatron_adapters.model_building import unwrap
+from megatron_adapters.patches.adam_state import separate_steps
+from megatron_adapters.training import TrainingState
+
+__all__ = ["has_checkpoint", "load_training", "load_weights", "save_model"]
+
+_OPTIMIZER_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save_model(
+    folder: Path, chunks: Sequence[Any], state: TrainingState | None, iteration: int
+) -> None:
+    """Write weights, and with `state` optimizer and schedule; every rank of the replica calls it.
+
+    Args:
+        folder: must not hold a checkpoint; the caller makes it visible when all ranks are done.
+        chunks: model chunks of this rank.
+        state: of a trained model.
+        iteration: stored beside the weights.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    from megatron.core import dist_checkpointing
+
+    content = _weights(chunks)
+    content["iteration"] = iteration
+    if state is not None:
+        content["optimizer"] = state.optimizer.sharded_state_dict(
+            _weights(chunks), is_loading=False, metadata=_metadata()
+        )
+        content["scheduler"] = state.scheduler.state_dict()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        dist_checkpointing.save(content, str(folder), sharded_strategy=_build_strategy())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+
+
+def load_weights(folder: str, chunks: Sequence[Any], *, skip: Sequence[str] = ()) -> None:
+    """Read weights into the chunks, whatever layout wrote them.
+
+    Args:
+        folder: a model's folder of a checkpoint.
+        chunks: model chunks of this rank.
+        skip: ends of parameter names to leave as they are (the head of a critic that starts from
+            a policy).
+
+    Raises:
+        CheckpointError: no checkpoint there, or it does not fit the model.
+    """
+    content = _weights(chunks)
+    for key in list(content):
+        content[key] = {
+            name: value
+            for name, value in content[key].items()
+            if not name.endswith(tuple(skip) or ("\0",))
+        }
+    loaded = _load(folder, content)
+    for number, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[_chunk_key(number, len(chunks))], strict=not skip)
+
+
+def load_training(folder: str, state: TrainingState) -> int:
+    """Read weights, optimizer and schedule; gives the iteration.
+
+    Raises:
+        CheckpointError: no checkpoint there, or it holds no optimizer that fits.
+    """
+    chunks = state.chunks
+    content = _weights(chunks)
+    content["optimizer"] = state.optimizer.sharded_state_dict(
+        _weights(chunks), is_loading=True, metadata=_metadata()
+    )
+    loaded = _load(folder, content)
+    for number, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[_chunk_key(number, len(chunks))])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        separate_steps(part.optimizer)
+    state.scheduler.load_state_dict(loaded["scheduler"])
+    return int(loaded["iteration"])
+
+
+def has_checkpoint(folder: str) -> bool:
+    """Whether a folder holds a distributed checkpoint."""
+    return (Path(folder) / "metadata.json").is_file()
+
+
+def _load(folder: str, content: dict[str, Any]) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    if not has_checkpoint(folder):
+        raise CheckpointError(
+            f"{folder} holds no Megatron checkpoint (no metadata.json): name a model's folder, such "
+            "as checkpoints/episode_000010/models/policy_trainer"
+        )
+    try:
+        return dist_checkpointing.load(content, folder)
+    except (OSError, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded into this model: {error}") from error
+
+
+def _weights(chunks: Sequence[Any]) -> dict[str, Any]:
+    metadata = _metadata()
+    return {
+        _chunk_key(number, len(chunks)): unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def _chunk_key(number: int, count: int) -> str:
+    return "model" if count == 1 else f"model{number}"
+
+
+def _metadata() -> dict[str, Any]:
+    from megatron.core import parallel_state as mpu
+
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    return {**_OPTIMIZER_METADATA, "dp_cp_group": group}
+
+
+def _build_strategy() -> Any:
+    """Writes through torch's own checkpoint writer.
+
+    Megatron's writer forks helpers and takes seconds to start (seen in 0.16.1); its reader reads
+    what this one writes.
+    """
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
+    from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+    from torch.distributed import checkpoint
+
+    class TorchWriter(SaveShardedStrategy):
+        def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+            flat, mapping, renamed = torch_strategies._replace_state_dict_keys_with_sharded_keys(
+                sharded_state_dict, keep_only_main_replica=True
+            )
+            del mapping, renamed
+            state = torch_strategies.mcore_to_pyt_state_dict(flat, is_loading=False)
+            checkpoint.save(
+                state,
+                storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+                planner=torch_strategies.MCoreSavePlanner(),
+                no_dist=not torch.distributed.is_initialized(),
+            )
+
+        @property
+        def can_handle_sharded_objects(self) -> bool:
+            return True
+
+    return TorchWriter("torch_dist", 1)
+
+
+def saved_shape(folder: str, key: str) -> tuple[int, ...] | None:
+    """Global shape of a tensor in a checkpoint; None where it is not there.
+
+    Raises:
+        CheckpointError: no checkpoint there.
+    """
+    from megatron.core import dist_checkpointing
+
+    if not has_checkpoint(folder):
+        raise CheckpointError(f"{folder} holds no Megatron checkpoint (no metadata.json)")
+    found = dist_checkpointing.load_tensors_metadata(folder).get(key)
+    return tuple(found.global_shape) if found is not None else None

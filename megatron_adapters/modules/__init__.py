@@ -1,0 +1,1 @@
+"""Ready-made modules: the models of RLHF, from YAML alone."""

@@ -1,0 +1,152 @@
+"""MegatronModule: a module whose model is a Megatron-Core network, sharded as the config says."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from chatlearn.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from chatlearn.errors import ConfigError, DataError
+from chatlearn.models.base import BaseModule
+from chatlearn.parallel.sharding import TensorShard
+from megatron_adapters import checkpointing
+from megatron_adapters.batches import PaddedBatch, Rows, pad_micro_batches
+from megatron_adapters.model_building import Head, build_model
+from megatron_adapters.model_config import MegatronSettings, build_settings
+from megatron_adapters.parallel_state import (
+    ParallelGroups,
+    initialize_parallel_state,
+    read_groups,
+)
+from megatron_adapters.training import TrainingState, build_training_state
+from megatron_adapters.weight_description import describe_weights, weight_tensors
+
+__all__ = ["MegatronModule"]
+
+
+class MegatronModule(BaseModule):
+    """One Megatron-Core model. Subclasses set `head`, `is_trained` and `use_cache`.
+
+    Attributes:
+        head: `lm` gives logits, `scalar` one number per token.
+        is_trained: builds optimizer and schedule.
+        use_cache: the model generates.
+        settings: Megatron's configuration objects, after `initialize`.
+        groups: this rank's process groups, after `initialize`.
+        model: the model chunks of this rank, after `setup`.
+        training: optimizer and schedule of a trained model, after `setup`.
+    """
+
+    head: ClassVar[Head] = "lm"
+    is_trained: ClassVar[bool] = False
+    use_cache: ClassVar[bool] = False
+
+    settings: MegatronSettings
+    groups: ParallelGroups
+    training: TrainingState | None = None
+    _tokenizer: Tokenizer | None = None
+
+    def initialize(self) -> None:
+        """Set up Megatron's parallel state and configuration objects."""
+        seed = self.runtime_args.seed
+        initialize_parallel_state(self.layout, self.device, seed)
+        self.settings = build_settings(
+            self.name, self.module_args.megatron, self.layout, self.device
+        )
+        self.groups = read_groups(self.layout)
+
+    def setup(self) -> None:
+        """Build the model with its initial values, which depend on the seed only."""
+        self.model = build_model(
+            self.settings,
+            self.layout,
+            self.device,
+            head=self.head,
+            seed=self.runtime_args.seed,
+            is_trained=self.is_trained,
+            use_cache=self.use_cache,
+        )
+        if self.is_trained:
+            self.training = build_training_state(self.name, self.model, self.settings, self.groups)
+            self.optimizer = self.training.optimizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of `runtime.tokenizer`.
+
+        Raises:
+            ConfigError: none is named, or it has more tokens than the model.
+        """
+        if self._tokenizer is None:
+            path = self.runtime_args.tokenizer
+            if path is None:
+                raise ConfigError(
+                    f"model {self.name!r} gets text but runtime.tokenizer is not set: name a "
+                    "sentencepiece .model file, or give rows with prompt_token_ids"
+                )
+            tokenizer = SentencePieceTokenizer(path)
+            if tokenizer.vocab_size > self.settings.shape.vocab_size:
+                raise ConfigError(
+                    f"{path} has {tokenizer.vocab_size} tokens, models.{self.name}.vocab_size is "
+                    f"{self.settings.shape.vocab_size}: raise vocab_size"
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits; the same for sampling and for scoring what was sampled."""
+        return self.module_args.generation.temperature
+
+    def pad(self, micro_batches: Sequence[Rows]) -> list[PaddedBatch]:
+        """Pad micro-batches to one shape for this rank's pipeline."""
+        is_sharded = self.settings.transformer.sequence_parallel
+        return pad_micro_batches(
+            micro_batches,
+            multiple=self.layout.tp_size if is_sharded else 1,
+            max_length=self.settings.shape.max_sequence_length,
+            device=self.device,
+        )
+
+    def weight_shards(self) -> tuple[TensorShard, ...]:
+        """This rank's shards, by Megatron's own description."""
+        return describe_weights(self.model, self.settings.shape.vocab_size)
+
+    def weight_tensors(self) -> Mapping[str, torch.Tensor]:
+        """This rank's parameters."""
+        return weight_tensors(self.model)
+
+    def save_checkpoint(self, iteration: int) -> None:
+        """Write the model in Megatron's distributed format; every rank takes part."""
+        checkpointing.save_model(self.checkpoint_dir, self.model, self.training, iteration)
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Start from saved weights; a scalar head that the checkpoint lacks stays as it is."""
+        if not Path(folder).is_dir():
+            raise ConfigError(f"models.{self.name}.load: {folder} is no folder")
+        skip = ("output_layer.weight",) if self._lacks_head(folder) else ()
+        checkpointing.load_weights(folder, self.model, skip=skip)
+        if self.training is not None:
+            # The optimizer keeps a copy of the weights in full precision.
+            self.training.optimizer.reload_model_params()
+
+    def _lacks_head(self, folder: str) -> bool:
+        """Whether a scalar model starts from a language model's checkpoint."""
+        if self.head == "lm":
+            return False
+        shape = checkpointing.saved_shape(folder, "output_layer.weight")
+        return shape is None or shape[0] != 1
+
+    def require_columns(self, data: Mapping[str, Any], *keys: str) -> None:
+        """Refuse a batch that lacks columns.
+
+        Raises:
+            DataError: names the missing ones and those there are.
+        """
+        missing = [key for key in keys if key not in data]
+        if missing:
+            raise DataError(
+                f"model {self.name!r} needs the columns {', '.join(keys)}; missing: "
+                f"{', '.join(missing)}; the batch has {', '.join(data) or 'none'}"
+            )

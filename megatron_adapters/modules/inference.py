@@ -1,0 +1,176 @@
+"""The models of a rollout: policy, reference, value, reward."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chatlearn.generation.generator import GenerationRequest, GenerationResult, Generator
+from chatlearn.generation.sampling import SamplingParams
+from megatron_adapters.batches import PaddedBatch, Rows, read_rows
+from megatron_adapters.modules.base import MegatronModule
+from megatron_adapters.modules.text_rows import tokenize_rows
+from megatron_adapters.runner import MegatronRunner
+from megatron_adapters.scoring import score_logprobs, score_rewards, score_values
+
+__all__ = ["PolicyInference", "PolicyReference", "RewardInference", "ValueInference"]
+
+# Keeps the random numbers of evaluation apart from those of training.
+_EVAL_STREAM = 0x5EED
+
+
+class _TextModule(MegatronModule):
+    """A module whose data set may be text."""
+
+    def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> Sequence[Any]:
+        """Rows with `prompt_token_ids`; see `tokenize_rows`."""
+        del is_eval
+        needs_text = any(
+            not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt
+            for prompt in prompts
+        )
+        tokenizer = self.tokenizer if needs_text else None
+        return tokenize_rows(prompts, tokenizer, self.settings.shape.max_sequence_length)
+
+
+class PolicyInference(_TextModule):
+    """Samples a response for each prompt, and reports the tokens' log-probabilities."""
+
+    use_cache = True
+
+    def setup(self) -> None:
+        """Build the model and its cache."""
+        super().setup()
+        self._runner = MegatronRunner(
+            self.model,
+            self.settings,
+            self.groups,
+            num_slots=self.module_args.generation.num_slots,
+            device=self.device,
+        )
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds `response_token_ids`, `rollout_logprobs`, `policy_version` and, with a tokenizer,
+        the text `response`.
+        """
+        return self._respond(data, self.temperature, self.runtime_args.seed)
+
+    def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """As `forward_step`, at `generation.eval_temperature`, with random numbers of its own."""
+        temperature = self.module_args.generation.eval_temperature
+        seed = self.runtime_args.seed + _EVAL_STREAM
+        return self._respond(data, self.temperature if temperature is None else temperature, seed)
+
+    def _respond(self, data: dict[str, Any], temperature: float, seed: int) -> dict[str, Any]:
+        self.require_columns(data, "prompt_token_ids")
+        options = self.module_args.generation
+        generator = Generator(
+            self._runner,
+            SamplingParams(temperature, options.top_p, options.top_k),
+            self._stop_tokens(),
+            options.max_new_tokens,
+            seed,
+            is_deterministic=self.runtime_args.deterministic,
+        )
+        requests = [
+            GenerationRequest(row_id, prompt)
+            for row_id, prompt in zip(self.row_ids, data["prompt_token_ids"], strict=True)
+        ]
+        results = generator.generate(requests)
+        output = {**data, **self._columns(results)}
+        finished = sum(result.finish_reason == "stop" for result in results)
+        self.log_metrics({"finished": finished / max(len(results), 1)})
+        return output
+
+    def _columns(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
+        columns: dict[str, Any] = {
+            "response_token_ids": [result.token_ids for result in results],
+            "rollout_logprobs": [result.logprobs for result in results],
+            "policy_version": [self.policy_version] * len(results),
+        }
+        if self.runtime_args.tokenizer is not None:
+            stop = set(self._stop_tokens())
+            columns["response"] = [
+                self.tokenizer.decode([t for t in r.token_ids.tolist() if t not in stop])
+                for r in results
+            ]
+        return columns
+
+    def _stop_tokens(self) -> tuple[int, ...]:
+        own = self.module_args.generation.stop_token_ids
+        if self.runtime_args.tokenizer is None:
+            return own
+        return (self.tokenizer.eos_id, *own)
+
+
+class _ScoringModule(_TextModule):
+    """A module that scores responses without gradients."""
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Add this model's columns to the batch; stages before the last give none."""
+        raise NotImplementedError
+
+    def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The same as `forward_step`."""
+        return self.forward_step(data)
+
+    def pad_one(self, rows: Rows) -> PaddedBatch:
+        """One micro-batch."""
+        return self.pad([rows])[0]
+
+
+class PolicyReference(_ScoringModule):
+    """The policy that training stays close to."""
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds `ref_logprobs` per response token; for preference pairs the sums
+        `chosen_ref_logprobs` and `rejected_ref_logprobs`.
+        """
+        if "chosen_token_ids" in data:
+            chosen = self._logprobs(read_rows(data, response_key="chosen_token_ids"))
+            rejected = self._logprobs(read_rows(data, response_key="rejected_token_ids"))
+            return {
+                **data,
+                "chosen_ref_logprobs": [row.sum() for row in chosen],
+                "rejected_ref_logprobs": [row.sum() for row in rejected],
+            }
+        return {**data, "ref_logprobs": self._logprobs(read_rows(data))}
+
+    def _logprobs(self, rows: Rows) -> list[torch.Tensor]:
+        batch = self.pad_one(rows)
+        scores = score_logprobs(
+            self.model,
+            [batch],
+            self.groups,
+            vocab_size=self.settings.shape.vocab_size,
+            temperature=self.temperature,
+        )
+        return batch.split(scores[0]) if scores else [torch.empty(0)] * len(rows)
+
+
+class ValueInference(_ScoringModule):
+    """The critic's inference twin."""
+
+    head = "scalar"
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds `values`: of the state before each response token."""
+        rows = read_rows(data)
+        batch = self.pad_one(rows)
+        scores = score_values(self.model, [batch], self.groups)
+        values = batch.split(scores[0]) if scores else [torch.empty(0)] * len(rows)
+        return {**data, "values": values}
+
+
+class RewardInference(_ScoringModule):
+    """A reward model: one number per response, read at its last token."""
+
+    head = "scalar"
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds `rewards`."""
+        rows = read_rows(data)
+        batch = self.pad_one(rows)
+        scores = score_rewards(self.model, [batch], self.groups)
+        rewards = scores[0][: len(rows)].cpu() if scores else torch.zeros(len(rows))
+        return {**data, "rewards": rewards}
