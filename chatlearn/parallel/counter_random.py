@@ -19,7 +19,8 @@ __all__ = ["counter_normal", "counter_uniform", "stable_hash"]
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_BITS = 53
+# With 53 bits the largest number plus a half would round to 1.
+_BITS = 52
 
 
 def stable_hash(text: str) -> int:
