@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from chatlearn.errors import ConfigError
 from chatlearn.runtime.placement import DeviceInventory
 
 if TYPE_CHECKING:
@@ -30,10 +31,21 @@ def discover_inventory(config: Config) -> DeviceInventory:
 
 
 def assume_inventory(config: Config, num_devices: int) -> DeviceInventory:
-    """As if there were `num_devices` GPUs, in nodes of `runtime.devices_per_node` (auto: 8)."""
+    """As if there were `num_devices` GPUs, in nodes of `runtime.devices_per_node` (auto: 8).
+
+    Raises:
+        ConfigError: they are fewer than one, or leave a node incomplete.
+    """
+    if num_devices < 1:
+        raise ConfigError(f"expected at least 1 assumed device, got {num_devices}")
     asked = config.runtime.devices_per_node
     per_node = min(num_devices, _USUAL_DEVICES if asked == "auto" else int(asked))
-    return DeviceInventory(max(1, num_devices // per_node), per_node, "gpu")
+    if num_devices % per_node:
+        raise ConfigError(
+            f"{num_devices} assumed devices do not fill nodes of {per_node}: assume a multiple of "
+            f"{per_node}, or set runtime.devices_per_node"
+        )
+    return DeviceInventory(num_devices // per_node, per_node, "gpu")
 
 
 def _count_gpus() -> int:

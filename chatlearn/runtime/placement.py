@@ -133,18 +133,13 @@ def plan_placement(
     ]
     per_node = inventory.devices_per_node
     if per_node is None:
-        per_node = max(1, ceil(sum(sizes) / inventory.num_nodes))
-    _check_capacity(groups, sizes, by_name, inventory, per_node)
-    places: list[WorkerPlace] = []
-    first = 0
-    for index, (group, size) in enumerate(zip(groups, sizes, strict=True)):
-        # A group that fits on a node does not straddle two.
-        if size <= per_node < first % per_node + size:
-            first = ceil(first / per_node) * per_node
-        places.extend(_place_group(index, [by_name[n] for n in group], first, size, per_node))
-        first += size
-    if first > inventory.num_nodes * per_node:
+        per_node = _count_slots_per_node(sizes, inventory.num_nodes)
+    starts, stop = _line_up_groups(sizes, per_node)
+    if stop > inventory.num_nodes * per_node:
         raise PlacementError(_shortage(groups, sizes, by_name, inventory, per_node))
+    places: list[WorkerPlace] = []
+    for index, (group, first, size) in enumerate(zip(groups, starts, sizes, strict=True)):
+        places.extend(_place_group(index, [by_name[n] for n in group], first, size, per_node))
     return PlacementPlan(tuple(places), groups, inventory.num_nodes, per_node, inventory.kind)
 
 
@@ -196,6 +191,27 @@ def _group_names(
     return tuple(dict.fromkeys(joint.get(name, (name,)) for name in names))
 
 
+def _line_up_groups(sizes: Sequence[int], per_node: int) -> tuple[list[int], int]:
+    """The first device of each group, and the number of devices up to the last group's end."""
+    starts: list[int] = []
+    first = 0
+    for size in sizes:
+        # A group that fits on a node does not straddle two.
+        if size <= per_node < first % per_node + size:
+            first = ceil(first / per_node) * per_node
+        starts.append(first)
+        first += size
+    return starts, first
+
+
+def _count_slots_per_node(sizes: Sequence[int], num_nodes: int) -> int:
+    """The fewest logical slots of each node that hold every group."""
+    per_node = max(1, ceil(sum(sizes) / num_nodes))
+    while _line_up_groups(sizes, per_node)[1] > num_nodes * per_node:
+        per_node += 1
+    return per_node
+
+
 def _place_group(
     index: int, requests: Sequence[ModelRequest], first: int, size: int, per_node: int
 ) -> list[WorkerPlace]:
@@ -224,21 +240,11 @@ def _place_group(
         if request.is_cpu_only:
             cpus = float(request.cpus_per_rank)
             places.extend(
-                WorkerPlace(request.model_name, replica, 0, index, None, 0.0, cpus)
+                WorkerPlace(request.model_name, replica, rank, index, None, 0.0, cpus)
                 for replica in range(request.num_replicas)
+                for rank in range(request.layout.world_size)
             )
     return places
-
-
-def _check_capacity(
-    groups: Sequence[Sequence[str]],
-    sizes: Sequence[int],
-    by_name: Mapping[str, ModelRequest],
-    inventory: DeviceInventory,
-    per_node: int,
-) -> None:
-    if sum(sizes) > inventory.num_nodes * per_node:
-        raise PlacementError(_shortage(groups, sizes, by_name, inventory, per_node))
 
 
 def _shortage(
@@ -260,5 +266,7 @@ def _shortage(
         )
         if asked:
             lines.append(f"  {size:4d}  {asked}")
+    if sum(sizes) <= there:
+        lines.append(f"A group of up to {per_node} devices stays within a node, which leaves gaps.")
     lines.append("Lower num_gpu, or let models share devices with runtime.colocation.")
     return "\n".join(lines)

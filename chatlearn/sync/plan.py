@@ -6,7 +6,7 @@ intersections of their boxes. No table of model families is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -28,7 +28,7 @@ _ITEM_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
-_LINKS = ("process", "node", "network")
+_LINKS: tuple[str, ...] = ("process", "node", "network")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def plan_sync(
     Args:
         sources: ranks of the model that has the weights.
         destinations: ranks of every replica that gets them.
-        bucket_bytes: most bytes of one message (a single larger box is cut along its first axis
-            that is long enough).
+        bucket_bytes: most bytes of one message (a single larger box is cut along its longest
+            axis).
 
     Raises:
         SyncError: a destination tensor is not in the source, shapes differ, or the source's
@@ -183,6 +183,26 @@ def _check_partition(
     if held != whole:
         kind = "a hole" if held < whole else "an overlap"
         raise SyncError(f"{key}: the shards of {ranks} leave {kind}: {held} of {whole} elements")
+    pair = _find_overlap(boxes)
+    if pair is not None:
+        both = ", ".join(dict.fromkeys(sources[boxes[box][0][0]].label for box in pair))
+        raise SyncError(
+            f"{key}: the shards of {both} overlap, and so those of {ranks} leave a hole"
+        )
+
+
+def _find_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
+    """Two boxes that share elements, if there are any; boxes are swept along their first axis."""
+    open_boxes: list[Box] = []
+    for box in sorted(boxes, key=lambda b: b.offset):
+        if box.shape:
+            stops = [(other.offset[0] + other.shape[0], other) for other in open_boxes]
+            open_boxes = [other for stop, other in stops if stop > box.offset[0]]
+        for other in open_boxes:
+            if other.intersect(box) is not None:
+                return other, box
+        open_boxes.append(box)
+    return None
 
 
 def _check_known(
