@@ -11,7 +11,7 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
     "runtime_env": {"platform": "start the cluster with scripts/run_ray_cluster.sh"},
     "models": {
         "batch_generation": "generation batches continuously, without sorting by length",
-        "config_dir": "paths are relative to the config file",
+        "config_dir": "model_config_file is relative to the file that names it",
         "args_dict": "write the fields flat, or use args for free options",
         "force_free_memory": _OFFLOAD,
         "free_grad_buffers": _OFFLOAD,

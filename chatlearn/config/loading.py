@@ -15,7 +15,7 @@ from chatlearn.config.chatlearn_keys import UNSUPPORTED
 from chatlearn.config.checks import find_contradictions
 from chatlearn.config.megatron_fields import MEGATRON_FIELDS
 from chatlearn.config.model_fields import MODEL_FIELDS
-from chatlearn.config.reading import apply_overrides, merge, read_source
+from chatlearn.config.reading import apply_overrides, merge, read_model_files, read_source
 from chatlearn.config.schema import (
     AlgorithmConfig,
     Config,
@@ -52,7 +52,7 @@ def load_config(
     """
     if source is None:
         source = os.environ.get("CHATLEARN_CONFIG") or {}
-    content = apply_overrides(read_source(source), overrides)
+    content = read_model_files(apply_overrides(read_source(source), overrides))
     name = "the config" if isinstance(source, Mapping) else str(source)
     problems: list[str] = []
     content = _sort_model_fields(content, problems)
@@ -175,9 +175,14 @@ def _wrong_kind(path: str, value: Any, expected: str) -> str:
 def _describe(error: ValidationError) -> list[str]:
     lines: list[str] = []
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("func"))
+        path = ".".join(part for part in map(str, problem["loc"]) if not _names_a_type(part))
         value = problem["input"]
         shown = f"got {value!r} ({type(value).__name__})"
-        message = problem["msg"].removeprefix("Input should be ")
+        message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         lines.append(f"{path}: {shown}, expected {message}")
     return lines
+
+
+def _names_a_type(part: str) -> bool:
+    """Whether a part of pydantic's location is one arm of a union, not a key."""
+    return part.startswith(("function-", "constrained-", "literal["))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +12,10 @@ import yaml
 
 from chatlearn.errors import ConfigError
 
-__all__ = ["apply_overrides", "merge", "read_source"]
+__all__ = ["apply_overrides", "merge", "read_model_files", "read_source"]
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
+_MODEL_FILE = "model_config_file"
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -23,14 +24,19 @@ class _Loader(yaml.SafeLoader):
 
 
 def _build_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
     keys: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)
+        mark = key_node.start_mark
+        if not isinstance(key, Hashable):
+            raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key!r} is no plain value")
         if key in keys:
-            mark = key_node.start_mark
             raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key!r} occurs twice")
         keys.add(key)
+    # Only now: a key that overrides one merged in by `<<` is not doubled.
+    loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -41,14 +47,15 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 def read_source(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The raw content of a config: a mapping as it is, or a file with its includes.
 
+    `model_config_file` is read later, by `read_model_files`; here its path becomes relative to
+    the working directory.
+
     Raises:
         ConfigError: missing file, bad YAML, an include cycle, an unset variable.
     """
     if isinstance(source, Mapping):
         return cast("dict[str, Any]", _expand(_plain(source), ""))
-    content = _read_file(Path(source), ())
-    _read_model_files(content, Path(source).parent)
-    return content
+    return _read_file(Path(source), ())
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -66,6 +73,31 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
             nested = {key: nested}
         content = merge(content, nested)
     return content
+
+
+def read_model_files(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with each model's `model_config_file` merged beneath its own keys.
+
+    The key itself is gone afterwards, so that the resolved config stands alone.
+
+    Raises:
+        ConfigError: a file that cannot be read, or that names another model file.
+    """
+    models = content.get("models")
+    if not isinstance(models, Mapping):
+        return content
+    merged: dict[str, Any] = {}
+    for name, section in cast("Mapping[str, Any]", models).items():
+        merged[name] = section
+        path = section.get(_MODEL_FILE) if isinstance(section, Mapping) else None
+        if isinstance(path, str):
+            own = dict(cast("Mapping[str, Any]", section))
+            del own[_MODEL_FILE]
+            beneath = _read_file(Path(path), ())
+            if _MODEL_FILE in beneath:
+                raise ConfigError(f"{path}: {_MODEL_FILE} within a model file: use includes")
+            merged[name] = merge(beneath, own)
+    return {**content, "models": merged}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +129,7 @@ def _read_file(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(content).__name__}")
     own = cast("dict[str, Any]", _expand(content, ""))
+    _anchor_model_files(own, path.parent)
     included = own.pop("includes", [])
     if not isinstance(included, list):
         raise ConfigError(f"{path}: includes: expected a list of files")
@@ -106,14 +139,12 @@ def _read_file(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
     return merge(merged, own)
 
 
-def _read_model_files(content: dict[str, Any], folder: Path) -> None:
+def _anchor_model_files(content: dict[str, Any], folder: Path) -> None:
+    """Make the paths of `model_config_file` relative to the folder of the file that has them."""
     models = content.get("models")
-    if not isinstance(models, dict):
-        return
-    for name, section in cast("dict[str, Any]", models).items():
-        if isinstance(section, dict) and isinstance(section.get("model_config_file"), str):
-            beneath = _read_file(folder / section["model_config_file"], ())
-            models[name] = merge(beneath, cast("dict[str, Any]", section))
+    for section in cast("dict[str, Any]", models).values() if isinstance(models, dict) else ():
+        if isinstance(section, dict) and isinstance(section.get(_MODEL_FILE), str):
+            section[_MODEL_FILE] = str(folder / section[_MODEL_FILE])
 
 
 def _parse(text: str, name: str) -> Any:
