@@ -58,12 +58,13 @@ def trace_flow(function: Callable[[Any], Any], *, name: str) -> TracedFlow:
 
 @contextmanager
 def ControlDependencies(  # noqa: N802 - the name that users of this interface know
-    dependencies: FlowValue | Sequence[FlowValue],
+    dependencies: Any,
 ) -> Generator[None]:
     """Calls within the block run after `dependencies`, without taking data from them.
 
     Args:
-        dependencies: one output of a call of this flow, or several.
+        dependencies: one output of a call of this flow, or several in a list or tuple. (To a type
+            checker an output is what the method returns, hence Any.)
 
     Raises:
         FlowError: used outside a flow, or with something that is no output of this flow.
@@ -74,9 +75,8 @@ def ControlDependencies(  # noqa: N802 - the name that users of this interface k
             f"{find_flow_line()}\nControlDependencies is used outside a flow: use it in a function "
             "that is given to Environment, Trainer or Evaluator"
         )
-    values: Sequence[object] = (
-        dependencies if isinstance(dependencies, list | tuple) else (dependencies,)
-    )
+    several = isinstance(dependencies, list | tuple)
+    values = cast("Sequence[object]", dependencies if several else (dependencies,))
     indices = [recorder.index_of(value) for value in values]
     if None in indices:
         raise FlowError(

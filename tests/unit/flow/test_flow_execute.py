@@ -1,0 +1,242 @@
+"""Running flows over fake workers: every row once, joined by row id."""
+
+from typing import Any
+
+import pytest
+from flow_fakes import ONE, FakeBackend, FakeGroup, Tagger, build_run, read_rows
+
+from chatlearn.data.rows import RowId
+from chatlearn.errors import DataError, FlowError, WaitTimeoutError
+from chatlearn.flow.call_loop import CallLoop
+from chatlearn.flow.trace import ControlDependencies
+from chatlearn.parallel.layout import ParallelLayout
+
+
+def rows_of(module):
+    return [row_id for row_ids, _ in module.calls for row_id in row_ids]
+
+
+def build_chain():
+    first, second = Tagger("a"), Tagger("b", "a")
+    third: Any = Tagger("c", "b")
+
+    def flow(batch):
+        one = first.forward_step(batch)
+        two = second.forward_step(one)
+        return third.forward_step(two, one, batch)
+
+    return flow, first, second, third
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_replica_counts_and_batch_sizes_that_divide_nothing_keep_every_row(seed, is_deterministic):
+    flow, first, second, third = build_chain()
+    run, loop, backend, finished = build_run(
+        flow,
+        {first: (2, ONE), second: (4, ONE), third: (2, ONE)},
+        seed=seed,
+        batch_sizes={"a": 3, "b": 4},
+        is_deterministic=is_deterministic,
+    )
+    loop.run_until(lambda: run.is_done)
+    expected = [RowId(at, 0) for at in range(35)]
+    for module in (first, second, third):
+        assert sorted(rows_of(module)) == expected
+    found = read_rows(backend, finished)
+    assert {row_id.prompt: int(row["c"]) for row_id, row in found.items()} == {
+        at: 1000 * at + 111 for at in range(35)
+    }
+    assert third.calls[0][1] == ["a", "b", "x"]
+    assert [run.finished_rows(at) for at in range(3)] == [35, 35, 35]
+
+
+def test_batches_have_the_configured_size_and_a_short_rest():
+    flow, first, second, third = build_chain()
+    modules = {first: (2, ONE), second: (4, ONE), third: (2, ONE)}
+    run, loop, _, _ = build_run(flow, modules, batch_sizes={"a": 3, "b": None})
+    loop.run_until(lambda: run.is_done)
+    assert sorted(len(ids) for ids, _ in first.calls) == [2] + [3] * 11
+    # Without a size each lane gets an even share.
+    assert sorted(len(ids) for ids, _ in second.calls) == [8, 9, 9, 9]
+    assert sorted(len(ids) for ids, _ in third.calls) == [17, 18]
+
+
+def test_deterministic_batches_are_runs_of_row_order_whatever_arrives_first():
+    batches = []
+    for seed in range(4):
+        flow, first, second, third = build_chain()
+        modules = {first: (3, ONE), second: (2, ONE), third: (1, ONE)}
+        sizes = {"a": 2, "b": 5, "c": 4}
+        run, loop, _, _ = build_run(
+            flow, modules, seed=seed, batch_sizes=sizes, is_deterministic=True
+        )
+        loop.run_until(lambda run=run: run.is_done)
+        batches.append([sorted(ids for ids, _ in m.calls) for m in (first, second, third)])
+    assert batches[0] == batches[1] == batches[2] == batches[3]
+    assert batches[0][1][0] == tuple(RowId(at, 0) for at in range(5))
+
+
+def test_micro_batches_stream_to_the_next_stage_before_the_first_is_done():
+    first, second = Tagger("a"), Tagger("b", "a")
+    order = []
+    run, loop, _, _ = build_run(
+        lambda batch: second.forward_step(first.forward_step(batch)),
+        {first: (1, ONE), second: (1, ONE)},
+        batch_sizes={"a": 5, "b": 5},
+        on_stage=lambda record: order.append(record.model_name),
+    )
+    loop.run_until(lambda: run.is_done)
+    assert sorted(order) == ["a"] * 7 + ["b"] * 7
+    assert order.index("b") < 6
+
+
+def test_colocated_models_take_turns_and_others_run_at_the_same_time():
+    def most_open(colocation):
+        first, second = Tagger("a"), Tagger("b")
+        run, loop, backend, _ = build_run(
+            lambda batch: (first.forward_step(batch), second.forward_step(batch)),
+            {first: (1, ONE), second: (1, ONE)},
+            colocation=colocation,
+        )
+        loop.run_until(lambda: run.is_done)
+        return backend.most_open
+
+    assert most_open([("a", "b")]) == 1
+    assert most_open([]) == 2
+
+
+def test_several_returned_values_come_in_order_and_a_row_is_done_once_all_hold_it():
+    first, second = Tagger("a"), Tagger("b")
+    run, loop, backend, finished = build_run(
+        lambda batch: (second.forward_step(batch), first.forward_step(batch)),
+        {first: (2, ONE), second: (1, ONE)},
+        rows=5,
+        batch_sizes={"a": 1, "b": 2},
+    )
+    loop.run_until(lambda: run.is_done)
+    assert len(finished) == 5
+    assert set(read_rows(backend, finished, 0)[RowId(0, 0)]) == {"b"}
+    assert set(read_rows(backend, finished, 1)[RowId(0, 0)]) == {"a"}
+
+
+def test_a_model_called_twice_and_by_several_methods():
+    module: Any = Tagger("a")
+
+    def flow(batch):
+        once = module.forward_step(batch)
+        return module.score(batch, once, scale=3)
+
+    run, loop, backend, finished = build_run(flow, {module: (2, ONE)}, batch_sizes={"a": 4})
+    loop.run_until(lambda: run.is_done)
+    found = read_rows(backend, finished)
+    assert [int(found[RowId(at, 0)]["a_score"]) for at in range(35)] == [3 * at for at in range(35)]
+
+
+def test_control_dependencies_wait_for_every_row():
+    first, second, order = Tagger("a"), Tagger("b"), []
+
+    def flow(batch):
+        one = first.forward_step(batch)
+        with ControlDependencies(one):
+            return second.forward_step(batch)
+
+    run, loop, _, _ = build_run(
+        flow,
+        {first: (2, ONE), second: (2, ONE)},
+        batch_sizes={"a": 3, "b": 3},
+        on_stage=lambda record: order.append(record.model_name),
+    )
+    loop.run_until(lambda: run.is_done)
+    assert order == ["a"] * 12 + ["b"] * 12
+
+
+def test_every_rank_of_a_lane_gets_the_same_rows():
+    module = Tagger("a")
+    layout = ParallelLayout(tp_size=2, pp_size=2)
+    run, loop, backend, finished = build_run(
+        module.forward_step, {module: (1, layout)}, rows=6, batch_sizes={"a": 2}
+    )
+    loop.run_until(lambda: run.is_done)
+    assert sorted(rows_of(module)) == sorted(4 * [RowId(at, 0) for at in range(6)])
+    assert len(read_rows(backend, finished)) == 6
+
+
+def test_training_cuts_the_batch_over_the_data_parallel_lanes_of_each_trainer():
+    one, two, records = Tagger("a"), Tagger("b"), []
+
+    def flow(batch):
+        one.train_step(batch)
+        two.train_step(batch)
+
+    run, loop, _, _ = build_run(
+        flow,
+        {one: (1, ParallelLayout(dp_size=2)), two: (1, ParallelLayout(dp_size=3))},
+        rows=7,
+        train_micro_batch_size=2,
+        iteration=4,
+        on_stage=records.append,
+    )
+    loop.run_until(lambda: run.is_done)
+    shapes = [sorted([len(ids) for ids in parts] for parts, _, _ in m.batches) for m in (one, two)]
+    assert shapes == [[[2, 1], [2, 2]], [[2, 0], [2, 0], [2, 1]]]
+    for module in (one, two):
+        seen = [row_id.prompt for parts, _, _ in module.batches for ids in parts for row_id in ids]
+        assert sorted(seen) == list(range(7))
+        assert {iteration for _, _, iteration in module.batches} == {4}
+    assert {record.report.metrics["loss"] for record in records} == {0.5}
+
+
+def test_a_lane_without_rows_still_takes_part():
+    module = Tagger("a")
+    layout = ParallelLayout(dp_size=2)
+    run, loop, _, _ = build_run(module.train_step, {module: (1, layout)}, rows=1)
+    loop.run_until(lambda: run.is_done)
+    assert sorted(len(parts[0]) for parts, _, _ in module.batches) == [0, 1]
+
+
+def test_no_rows_are_done_at_once():
+    flow, first, second, third = build_chain()
+    modules = {first: (1, ONE), second: (1, ONE), third: (1, ONE)}
+    run, loop, backend, _ = build_run(flow, modules, rows=0)
+    loop.run_until(lambda: run.is_done)
+    assert backend.most_open == 0
+
+
+def test_an_output_with_too_few_rows_names_the_call():
+    class Short(Tagger):
+        def forward_step(self, data):
+            return {"y": data["x"][:1]}
+
+    module = Short("a")
+    run, loop, _, _ = build_run(module.forward_step, {module: (1, ONE)}, rows=3)
+    with pytest.raises(DataError, match=r"a.forward_step: column 'y' .* first axis of 3"):
+        loop.run_until(lambda: run.is_done)
+
+
+def test_a_call_that_outlasts_the_limit_names_stage_and_worker():
+    backend, module = FakeBackend(is_stuck=True), Tagger("a")
+    loop = CallLoop(backend, stage_timeout_s=0.0)
+    calls = FakeGroup(backend, module, 2, ONE).call(lambda context: None)
+    loop.submit(calls, lambda: None, "a.forward_step")
+    message = r"stage_timeout_s=0: a.forward_step on a.r2.0 for 0 s. Raise the limit"
+    with pytest.raises(WaitTimeoutError, match=message):
+        loop.run_until(lambda: False)
+
+
+def test_a_loop_with_nothing_to_wait_for_stops():
+    with pytest.raises(FlowError, match="no call runs and none can be dispatched"):
+        CallLoop(FakeBackend(), 1.0).run_until(lambda: False)
+
+
+def test_an_interrupt_ends_the_loop():
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def interrupt():
+        raise Stop
+
+    loop = CallLoop(FakeBackend(), 1.0)
+    loop.interrupt = interrupt
+    with pytest.raises(Stop):
+        loop.run_until(lambda: False)
