@@ -12,7 +12,7 @@ import torch
 
 from chatlearn.errors import DataError
 
-__all__ = ["PaddedBatch", "Rows", "pad_micro_batches", "read_rows"]
+__all__ = ["PaddedBatch", "Rows", "pad_micro_batches", "read_rows", "read_temperature"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,21 @@ def read_rows(
         if key not in data:
             raise DataError(f"the batch has no column {key!r}; it has {', '.join(data) or 'none'}")
     return Rows(list(data[prompt_key]), list(data[response_key]))
+
+
+def read_temperature(*batches: Mapping[str, Any]) -> float:
+    """The temperature at which the rows were sampled, to score them alike; 1 where none says.
+
+    Raises:
+        DataError: rows were sampled at different temperatures.
+    """
+    found = {float(value) for data in batches for value in data.get("temperature", ())}
+    if len(found) > 1:
+        raise DataError(
+            f"rows were sampled at the temperatures {sorted(found)}: train and score rows of one "
+            "temperature together"
+        )
+    return found.pop() if found else 1.0
 
 
 def pad_micro_batches(

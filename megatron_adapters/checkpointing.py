@@ -105,8 +105,8 @@ def _load(folder: str, content: dict[str, Any]) -> dict[str, Any]:
 
     if not has_checkpoint(folder):
         raise CheckpointError(
-            f"{folder} holds no Megatron checkpoint (no metadata.json): name a model's folder, such "
-            "as checkpoints/episode_000010/models/policy_trainer"
+            f"{folder} holds no Megatron checkpoint (no metadata.json): name a model's folder, "
+            "such as checkpoints/episode_000010/models/policy_trainer"
         )
     try:
         return dist_checkpointing.load(content, folder)
@@ -141,7 +141,8 @@ def _build_strategy() -> Any:
     """
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
     from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     class TorchWriter(SaveShardedStrategy):
         def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
@@ -150,10 +151,10 @@ def _build_strategy() -> Any:
             )
             del mapping, renamed
             state = torch_strategies.mcore_to_pyt_state_dict(flat, is_loading=False)
-            checkpoint.save(
+            save(
                 state,
-                storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
-                planner=torch_strategies.MCoreSavePlanner(),
+                storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1),
+                planner=torch_strategies.MCoreSavePlanner(flatten_state_dict=False),
                 no_dist=not torch.distributed.is_initialized(),
             )
 

@@ -1,7 +1,7 @@
 """Megatron's global parallel state: set up from a layout, read back as a layout; only here."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -90,8 +90,10 @@ def read_layout() -> ParallelLayout:
 
 def read_groups(layout: ParallelLayout) -> ParallelGroups:
     """This rank's groups and coordinates, of Megatron's global state."""
-    from megatron.core import parallel_state as mpu
+    from megatron.core import parallel_state
 
+    # Its getters are typed for other options, too.
+    mpu: Any = parallel_state
     return ParallelGroups(
         tensor=mpu.get_tensor_model_parallel_group(),
         pipeline=mpu.get_pipeline_model_parallel_group(),

@@ -82,10 +82,11 @@ def _check_depth(path: str, model: ModelConfig, tp: int, pp: int) -> Iterator[st
     if fields.get("bf16") and fields.get("fp16"):
         yield f"{path}: bf16 and fp16 are both true"
     longest = fields.get("max_sequence_length")
-    if longest and model.generation.max_new_tokens >= longest:
+    wanted = model.generation.max_new_tokens
+    if longest and wanted is not None and wanted >= longest:
         yield (
-            f"{path}: generation.max_new_tokens={model.generation.max_new_tokens} leaves no room "
-            f"for a prompt in max_sequence_length={longest}"
+            f"{path}: generation.max_new_tokens={wanted} leaves no room for "
+            f"a prompt in max_sequence_length={longest}"
         )
 
 

@@ -64,7 +64,9 @@ class GenerationConfig(_Section):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens of this mass")
     top_k: Count = Field(0, description="keep this many likeliest tokens; 0: all")
-    max_new_tokens: Positive = Field(128, description="longest response, tokens")
+    max_new_tokens: Positive | None = Field(
+        None, description="longest response, tokens; unset: what the context leaves room for"
+    )
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field(
         (), description="tokens that end a response besides the tokenizer's end token"
     )
@@ -87,10 +89,14 @@ class AlgorithmConfig(_Section):
     value_loss_coef: float = Field(1.0, ge=0, description="weight of the value loss")
     entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
     kl_coef: float = Field(0.01, ge=0, description="weight of the KL to the reference")
-    kl_in: Literal["reward", "loss", "none"] = Field(
-        "reward", description="where the KL enters: the token rewards, the loss, or nowhere"
+    kl_in: Literal["auto", "reward", "loss", "none"] = Field(
+        "auto",
+        description="where the KL enters: the token rewards, the loss, or nowhere; auto: the "
+        "rewards with a critic (GAE), the loss with group advantages",
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the KL")
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = Field(
+        "auto", description="estimator of the KL; auto: k1 in the reward, k3 in the loss"
+    )
     whiten_advantages: bool = Field(
         True, description="zero mean, unit deviation over the global batch (GAE advantages)"
     )

@@ -84,8 +84,12 @@ class SentencePieceTokenizer:
         return list(self._processor.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, without control tokens."""
-        return str(self._processor.decode([int(token) for token in token_ids]))
+        """Text of token ids, without control tokens.
+
+        A model's vocabulary may be larger than the tokenizer's: what it does not know has no text.
+        """
+        known = [int(token) for token in token_ids if 0 <= int(token) < self.vocab_size]
+        return str(self._processor.decode(known))
 
 
 def check_prompt_length(num_tokens: int, max_length: int, name: str) -> None:

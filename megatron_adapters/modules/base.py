@@ -94,11 +94,6 @@ class MegatronModule(BaseModule):
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    @property
-    def temperature(self) -> float:
-        """Divides the logits; the same for sampling and for scoring what was sampled."""
-        return self.module_args.generation.temperature
-
     def pad(self, micro_batches: Sequence[Rows]) -> list[PaddedBatch]:
         """Pad micro-batches to one shape for this rank's pipeline."""
         is_sharded = self.settings.transformer.sequence_parallel

@@ -1,15 +1,15 @@
 """The models of a rollout: policy, reference, value, reward."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from chatlearn.generation.generator import GenerationRequest, GenerationResult, Generator
 from chatlearn.generation.sampling import SamplingParams
-from megatron_adapters.batches import PaddedBatch, Rows, read_rows
+from megatron_adapters.batches import PaddedBatch, Rows, read_rows, read_temperature
 from megatron_adapters.modules.base import MegatronModule
-from megatron_adapters.modules.text_rows import tokenize_rows
+from megatron_adapters.modules.text_rows import build_text_dataset
 from megatron_adapters.runner import MegatronRunner
 from megatron_adapters.scoring import score_logprobs, score_rewards, score_values
 
@@ -25,12 +25,7 @@ class _TextModule(MegatronModule):
     def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> Sequence[Any]:
         """Rows with `prompt_token_ids`; see `tokenize_rows`."""
         del is_eval
-        needs_text = any(
-            not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt
-            for prompt in prompts
-        )
-        tokenizer = self.tokenizer if needs_text else None
-        return tokenize_rows(prompts, tokenizer, self.settings.shape.max_sequence_length)
+        return build_text_dataset(self, prompts)
 
 
 class PolicyInference(_TextModule):
@@ -50,16 +45,20 @@ class PolicyInference(_TextModule):
         )
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Adds `response_token_ids`, `rollout_logprobs`, `policy_version` and, with a tokenizer,
-        the text `response`.
+        """Sample a response for each prompt.
+
+        Adds `response_token_ids`, `rollout_logprobs`, `temperature`, `policy_version` and, with a
+        tokenizer, the text `response`.
         """
-        return self._respond(data, self.temperature, self.runtime_args.seed)
+        options = self.module_args.generation
+        return self._respond(data, options.temperature, self.runtime_args.seed)
 
     def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """As `forward_step`, at `generation.eval_temperature`, with random numbers of its own."""
-        temperature = self.module_args.generation.eval_temperature
+        options = self.module_args.generation
+        given = options.eval_temperature
         seed = self.runtime_args.seed + _EVAL_STREAM
-        return self._respond(data, self.temperature if temperature is None else temperature, seed)
+        return self._respond(data, options.temperature if given is None else given, seed)
 
     def _respond(self, data: dict[str, Any], temperature: float, seed: int) -> dict[str, Any]:
         self.require_columns(data, "prompt_token_ids")
@@ -68,7 +67,7 @@ class PolicyInference(_TextModule):
             self._runner,
             SamplingParams(temperature, options.top_p, options.top_k),
             self._stop_tokens(),
-            options.max_new_tokens,
+            options.max_new_tokens or self.settings.shape.max_sequence_length,
             seed,
             is_deterministic=self.runtime_args.deterministic,
         )
@@ -77,7 +76,7 @@ class PolicyInference(_TextModule):
             for row_id, prompt in zip(self.row_ids, data["prompt_token_ids"], strict=True)
         ]
         results = generator.generate(requests)
-        output = {**data, **self._columns(results)}
+        output = {**data, **self._columns(results), "temperature": [temperature] * len(results)}
         finished = sum(result.finish_reason == "stop" for result in results)
         self.log_metrics({"finished": finished / max(len(results), 1)})
         return output
@@ -106,10 +105,6 @@ class PolicyInference(_TextModule):
 class _ScoringModule(_TextModule):
     """A module that scores responses without gradients."""
 
-    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Add this model's columns to the batch; stages before the last give none."""
-        raise NotImplementedError
-
     def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """The same as `forward_step`."""
         return self.forward_step(data)
@@ -123,27 +118,32 @@ class PolicyReference(_ScoringModule):
     """The policy that training stays close to."""
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Adds `ref_logprobs` per response token; for preference pairs the sums
+        """Score responses.
+
+        Adds `ref_logprobs` per response token; for preference pairs the sums
         `chosen_ref_logprobs` and `rejected_ref_logprobs`.
         """
+        temperature = read_temperature(data)
         if "chosen_token_ids" in data:
-            chosen = self._logprobs(read_rows(data, response_key="chosen_token_ids"))
-            rejected = self._logprobs(read_rows(data, response_key="rejected_token_ids"))
+            chosen = self._logprobs(read_rows(data, response_key="chosen_token_ids"), temperature)
+            rejected = self._logprobs(
+                read_rows(data, response_key="rejected_token_ids"), temperature
+            )
             return {
                 **data,
                 "chosen_ref_logprobs": [row.sum() for row in chosen],
                 "rejected_ref_logprobs": [row.sum() for row in rejected],
             }
-        return {**data, "ref_logprobs": self._logprobs(read_rows(data))}
+        return {**data, "ref_logprobs": self._logprobs(read_rows(data), temperature)}
 
-    def _logprobs(self, rows: Rows) -> list[torch.Tensor]:
+    def _logprobs(self, rows: Rows, temperature: float) -> list[torch.Tensor]:
         batch = self.pad_one(rows)
         scores = score_logprobs(
             self.model,
             [batch],
             self.groups,
             vocab_size=self.settings.shape.vocab_size,
-            temperature=self.temperature,
+            temperature=temperature,
         )
         return batch.split(scores[0]) if scores else [torch.empty(0)] * len(rows)
 

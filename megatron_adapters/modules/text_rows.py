@@ -1,14 +1,17 @@
 """Turns rows of text into rows of token ids, for every ready-made module's data set."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from chatlearn.data.tokenizer import Tokenizer, check_prompt_length
 from chatlearn.errors import DataError
 
-__all__ = ["tokenize_rows"]
+if TYPE_CHECKING:
+    from megatron_adapters.modules.base import MegatronModule
+
+__all__ = ["build_text_dataset", "tokenize_rows"]
 
 # A text column becomes a column of token ids; responses end with the end token.
 _RESPONSES = {
@@ -16,6 +19,15 @@ _RESPONSES = {
     "chosen": "chosen_token_ids",
     "rejected": "rejected_token_ids",
 }
+
+
+def build_text_dataset(module: "MegatronModule", prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """Rows with token ids, for a module's `build_dataset`; see `tokenize_rows`."""
+    needs_text = any(
+        not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt for prompt in prompts
+    )
+    tokenizer = module.tokenizer if needs_text else None
+    return tokenize_rows(prompts, tokenizer, module.settings.shape.max_sequence_length)
 
 
 def tokenize_rows(

@@ -1,0 +1,176 @@
+"""PolicyTrainer: PPO, GRPO, DPO or supervised training, by what the rows hold."""
+
+from collections.abc import Sequence
+
+import torch
+
+from chatlearn.algorithms.advantages import whiten
+from chatlearn.data.rows import RowId
+from chatlearn.errors import ConfigError, DataError, NumericsError
+from megatron_adapters.batches import PaddedBatch, read_temperature
+from megatron_adapters.losses import (
+    Scorer,
+    build_dpo_loss,
+    build_policy_loss,
+    build_supervised_loss,
+)
+from megatron_adapters.modules.trainer import Columns, TrainerModule, kl_enters
+from megatron_adapters.scoring import score_logprobs
+from megatron_adapters.vocab_parallel import TokenScores, score_tokens
+
+__all__ = ["PolicyTrainer"]
+
+_ROLLOUT_COLUMNS = ("rollout_logprobs", "ref_logprobs", "values", "rewards", "advantages")
+_FIRST_UPDATE_KL = 1e-8
+
+
+class PolicyTrainer(TrainerModule):
+    """The policy that learns.
+
+    The loss follows `runtime.algorithm.loss`; `auto` takes DPO for rows with `chosen_token_ids`,
+    PPO for rows with `rewards` or `advantages` (GRPO is PPO on given `advantages`), and
+    supervised training otherwise.
+    """
+
+    def setup(self) -> None:
+        """Build model and optimizer."""
+        super().setup()
+        algorithm = self.algorithm
+        self._old_logprobs: dict[RowId, torch.Tensor] = {}
+        self._is_first_update = False
+        self.needs_whole_episode = algorithm.old_logprobs == "recompute" and algorithm.loss in (
+            "auto",
+            "ppo",
+        )
+
+    def prepare_episode(self, batches: list[list[Columns]]) -> None:
+        """Score every response with the policy as it is before the episode's first update.
+
+        The micro-batches are those of training, so that the first update sees the same numbers.
+        """
+        self._old_logprobs = {}
+        self._is_first_update = True
+        for data, row_ids in zip(batches, self.row_ids, strict=True):
+            if self._choose_loss(data) != "ppo":
+                return
+            padded = self.pad_responses(data)
+            scores = score_logprobs(
+                self.model,
+                padded,
+                self.groups,
+                vocab_size=self.settings.shape.vocab_size,
+                temperature=read_temperature(*data),
+            )
+            for batch, ids, found in zip(padded, row_ids, scores, strict=False):
+                self._old_logprobs.update(zip(ids, batch.split(found), strict=True))
+
+    def train_step(self, data: list[Columns]) -> dict[str, float]:
+        """One update on this rank's part of a global batch."""
+        loss = self._choose_loss(data)
+        train = {"ppo": self._train_ppo, "dpo": self._train_dpo, "sft": self._train_supervised}
+        return train[loss](data)
+
+    def _choose_loss(self, data: Sequence[Columns]) -> str:
+        given = self.algorithm.loss
+        if given != "auto":
+            return given
+        if "chosen_token_ids" in data[0]:
+            return "dpo"
+        return "ppo" if {"rewards", "advantages"} & data[0].keys() else "sft"
+
+    def _train_ppo(self, data: list[Columns]) -> dict[str, float]:
+        has_critic = "advantages" not in data[0]
+        entry = kl_enters(self.algorithm, has_critic=has_critic)
+        self._require_columns(data[0], entry, has_critic=has_critic)
+        batches = self.pad_responses(data, *_ROLLOUT_COLUMNS)
+        totals = self.count_tokens(batches)
+        if self.groups.is_last_stage:
+            self._add_old_logprobs(batches)
+            if has_critic:
+                self._add_advantages(batches)
+        loss = build_policy_loss(
+            self.algorithm, totals, self._scorer(data), kl_in_loss=entry == "loss"
+        )
+        metrics = self.update(batches, loss)
+        metrics["num_tokens"] = totals.num_tokens
+        self._check_first_update(metrics["update_kl"])
+        return metrics
+
+    def _require_columns(self, data: Columns, entry: str, *, has_critic: bool) -> None:
+        if has_critic:
+            self.require_rollout(data, "values")
+            return
+        self.require_columns(data, "prompt_token_ids", "response_token_ids", "rollout_logprobs")
+        if entry == "reward":
+            raise ConfigError(
+                "runtime.algorithm.kl_in: reward needs a critic, but the rows bring advantages of "
+                "their own (GRPO): use kl_in: loss, or auto"
+            )
+        if entry == "loss":
+            self.require_columns(data, "ref_logprobs")
+
+    def _train_dpo(self, data: list[Columns]) -> dict[str, float]:
+        for columns in data:
+            self.require_columns(columns, "chosen_ref_logprobs", "rejected_ref_logprobs")
+        batches = self.pad_pairs(data, "ref_logprobs")
+        num_pairs = self.count_rows(data)
+        loss = build_dpo_loss(self.algorithm.dpo_beta, num_pairs, self._scorer(data))
+        return {**self.update(batches, loss), "num_pairs": num_pairs}
+
+    def _train_supervised(self, data: list[Columns]) -> dict[str, float]:
+        batches = self.pad_responses(data)
+        totals = self.count_tokens(batches)
+        loss = build_supervised_loss(totals, self._scorer(data), self.algorithm.loss_aggregation)
+        return {**self.update(batches, loss), "num_tokens": totals.num_tokens}
+
+    def _scorer(self, data: Sequence[Columns]) -> Scorer:
+        temperature = read_temperature(*data)
+
+        def score(logits: torch.Tensor, batch: PaddedBatch) -> TokenScores:
+            return score_tokens(
+                logits,
+                batch.targets,
+                vocab_size=self.settings.shape.vocab_size,
+                temperature=temperature,
+                group=self.groups.tensor,
+            )
+
+        return score
+
+    def _add_old_logprobs(self, batches: Sequence[PaddedBatch]) -> None:
+        """The denominator of the ratio, as `runtime.algorithm.old_logprobs` says."""
+        if self.algorithm.old_logprobs == "rollout":
+            for batch in batches:
+                batch.extras["old_logprobs"] = batch.extras["rollout_logprobs"]
+            return
+        for batch, ids in zip(batches, self.row_ids, strict=True):
+            missing = [row_id for row_id in ids if row_id not in self._old_logprobs]
+            if missing:
+                raise DataError(
+                    f"model {self.name!r}: row {missing[0]} was not scored before the episode's "
+                    "first update: call train_step on the trainer flow's batch itself, or set "
+                    "runtime.algorithm.old_logprobs: rollout"
+                )
+            batch.extras["old_logprobs"] = batch.align(self._old_logprobs[i] for i in ids)
+
+    def _add_advantages(self, batches: Sequence[PaddedBatch]) -> None:
+        advantages = [self.estimate_returns(batch).advantages for batch in batches]
+        if self.algorithm.whiten_advantages:
+            masks = [batch.extras["loss_mask"].bool() for batch in batches]
+            moments = self.global_moments(advantages, masks)
+            advantages = [whiten(a, m, moments) for a, m in zip(advantages, masks, strict=True)]
+        for batch, values in zip(batches, advantages, strict=True):
+            batch.extras["advantages"] = values
+
+    def _check_first_update(self, update_kl: float) -> None:
+        """In debug mode: nothing has been learned yet, so the ratio must be exactly 1."""
+        is_first, self._is_first_update = self._is_first_update, False
+        has_dropout = self.settings.transformer.hidden_dropout > 0
+        if not (is_first and self.runtime_args.debug) or has_dropout:
+            return
+        if not update_kl <= _FIRST_UPDATE_KL:
+            raise NumericsError(
+                f"model {self.name!r}: the first update after a rollout has a KL of "
+                f"{update_kl:.3g} to the policy that was scored before it; expected at most {_FIRST_UPDATE_KL:g}: "
+                "scoring and training see different numbers"
+            )

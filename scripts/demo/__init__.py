@@ -1,0 +1,1 @@
+"""The demo: PPO or GRPO teaches a small Megatron model to add."""

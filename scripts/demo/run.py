@@ -1,0 +1,117 @@
+"""Warm start, reinforcement learning and report of the addition demo: `make demo`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import chatlearn
+from chatlearn.checkpoint.folders import find_checkpoints
+from chatlearn.engine.from_config import build_engine, set_datasets
+from chatlearn.errors import ChatLearnError
+from scripts.demo.problems import (
+    Problem,
+    build_tokenizer,
+    split_problems,
+    warm_start_rows,
+    write_rows,
+)
+from scripts.demo.report import write_report
+from scripts.demo.reward_model import train_reward_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chatlearn import RunResult
+
+__all__ = ["main"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+# Steps of 128 rows, and the share of their answers that forget the carries.
+_CURRICULUM = ((500, 0.40), (60, 0.65))
+_ROWS_PER_STEP = 128
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; gives the exit code."""
+    options = _parse(arguments)
+    started_s = options.started or time.time()
+    folder = Path(options.output).resolve()
+    try:
+        held_out = _prepare_data(folder, options.seed)
+        _say("1. warm start: supervised training on right and on carry-free answers")
+        warm_start = _run_config("demo_warm_start", options, [])
+        os.environ["WARM_START"] = _checkpoint(warm_start, "warm_start")
+        overrides: list[str] = list(options.overrides)
+        if options.reward == "model":
+            _say("2. reward model: trained on pairs of answers")
+            overrides += train_reward_model(folder, options.seed, _run_config, options)
+        _say(f"3. {options.algo.upper()} with {_describe_reward(options.reward)}")
+        result = _run_config(f"demo_{options.algo}", options, overrides)
+    except ChatLearnError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    write_report(result, held_out, options, time.time() - started_s)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--algo", choices=("ppo", "grpo"), default="ppo")
+    parser.add_argument("--reward", choices=("rule", "model"), default="rule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="runs/demo", help="folder of data and runs")
+    parser.add_argument("--started", type=float, help="when the clock began, seconds of the epoch")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the last step")
+    return parser.parse_args(arguments)
+
+
+def _prepare_data(folder: Path, seed: int) -> list[Problem]:
+    """Write tokenizer and data files; gives the held-out problems."""
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    os.environ["DEMO_DIR"] = str(folder)
+    training, held_out = split_problems(seed)
+    build_tokenizer(data / "addition", training)
+    rows = [
+        row
+        for steps, share in _CURRICULUM
+        for row in warm_start_rows(training, steps * _ROWS_PER_STEP, share, seed)
+    ]
+    write_rows(data / "warm_start.jsonl", rows)
+    write_rows(data / "train.jsonl", [problem.as_row() for problem in training])
+    write_rows(data / "held_out.jsonl", [problem.as_row() for problem in held_out])
+    return held_out
+
+
+def _run_config(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> RunResult:
+    """What `chatlearn train configs/NAME.yaml` does, with the demo's seed."""
+    path = _ROOT / "configs" / f"{name}.yaml"
+    config = chatlearn.init(path, [f"runtime.seed={options.seed}", *overrides])
+    engine = build_engine(config)
+    set_datasets(engine, config)
+    return engine.learn()
+
+
+def _checkpoint(result: RunResult, model_name: str) -> str:
+    newest = find_checkpoints(result.run_dir / "checkpoints")[-1]
+    return str(newest / "models" / model_name)
+
+
+def _describe_reward(kind: str) -> str:
+    return "the rule-based verifier" if kind == "rule" else "a reward model"
+
+
+def _say(text: str, **_options: Any) -> None:
+    sys.stderr.write(f"\n{text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    sys.exit(main())

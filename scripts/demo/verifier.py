@@ -1,0 +1,35 @@
+"""RuleVerifier: the reward that needs no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from chatlearn import BaseModule
+
+__all__ = ["RuleVerifier"]
+
+
+class RuleVerifier(BaseModule):
+    """Compares each response with the row's answer, character by character.
+
+    With the option `metric_only` it leaves `rewards` to another model and only reports
+    `exact_match`.
+    """
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds `exact_match` and, unless it is a metric only, `rewards`: 1.0 or 0.0."""
+        matches = [
+            float(response == answer)
+            for response, answer in zip(data["response"], data["answer"], strict=True)
+        ]
+        exact_match = torch.tensor(matches)
+        self.log_metrics({"exact_match": sum(matches) / max(len(matches), 1)})
+        if self.model_args.get("metric_only"):
+            return {**data, "exact_match": exact_match}
+        return {**data, "exact_match": exact_match, "rewards": exact_match}
+
+    def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The same as `forward_step`."""
+        return self.forward_step(data)
