@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml
 	@touch $@
 
 demo: setup ## Watch PPO teach a small model to add (ALGO=ppo|grpo, REWARD=rule|model, SEED=0)
-	@$(BIN)/python scripts/demo/run.py --algo "$(or $(ALGO),ppo)" --reward "$(or $(REWARD),rule)" \
+	@$(BIN)/python -m scripts.demo.run --algo "$(or $(ALGO),ppo)" --reward "$(or $(REWARD),rule)" \
 		--seed "$(or $(SEED),0)" $(ARGS)
 
 test: setup ## Run the tests (no GPU needed)

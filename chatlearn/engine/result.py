@@ -20,7 +20,8 @@ class RunResult:
         rollouts: one dict per sample of the last episode, where there is no trainer.
         evaluation: for each model that the evaluation flow returns, one dict per row in
             data-set order, of the last evaluation.
-        metrics: one dict of numbers per episode.
+        metrics: one dict of numbers per episode, with `step`, the episodes finished by then (0:
+            before training).
     """
 
     run_dir: Path

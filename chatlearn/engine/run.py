@@ -67,6 +67,7 @@ class _Run:
         self.evaluation: Evaluation | None = None
         self.rollouts: list[dict[str, Any]] = []
         self.train_iteration = 0
+        self.num_finished = 0
         self.version = 0
         self.syncs = [
             (destination, self._build_synchronizer(source, destination))
@@ -121,6 +122,7 @@ class _Run:
             for key, value in found[0].items():
                 metrics[f"episode/{name}/{key}"] = value
         metrics["time/episode"] = time.monotonic() - start_s
+        self.num_finished = episode + 1
         self.log.write(episode, self.runtime.num_episode, metrics)
 
     def _synchronize(self, episode: int | None) -> dict[str, float]:
@@ -187,8 +189,7 @@ class _Run:
         if not self.session.plan.flows.trainable:
             return ""
         self.session.loop.interrupt = None
-        episode = len(self.log.metrics.history)
-        return f"; saved {self._write_checkpoint(episode)}"
+        return f"; saved {self._write_checkpoint(self.num_finished)}"
 
     def _build_synchronizer(self, source: str, destination: str) -> WeightSynchronizer:
         groups = self.session.groups

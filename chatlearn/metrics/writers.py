@@ -89,7 +89,7 @@ class WandbWriter:
 
 
 class MetricLog:
-    """Writes every step to several places, and keeps what was written."""
+    """Writes every step to several places, and keeps what was written, `step` included."""
 
     def __init__(self, writers: list[MetricWriter]) -> None:
         self._writers = writers
@@ -97,7 +97,7 @@ class MetricLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step everywhere."""
-        self.history.append(dict(metrics))
+        self.history.append({"step": float(step), **metrics})
         for writer in self._writers:
             writer.write(step, metrics)
 

@@ -10,12 +10,11 @@ from megatron_adapters import (
     PolicyInference,
     PolicyReference,
     PolicyTrainer,
-    RewardInference,
     RewardTrainer,
     ValueInference,
     ValueTrainer,
 )
-from scripts.demo.verifier import RuleVerifier
+from scripts.demo.verifier import BoundedReward, RuleVerifier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -132,11 +131,11 @@ def build_grpo(config: Config) -> Engine:
     return engine.set_parameter_sync(policy_trainer, policy).set_relay_sample_manager(manager)
 
 
-def _build_judges(config: Config) -> tuple[RuleVerifier, RewardInference | None]:
+def _build_judges(config: Config) -> tuple[RuleVerifier, BoundedReward | None]:
     """The verifier, and the reward model where the config has one."""
     if "reward" not in config.models:
         return RuleVerifier("verifier"), None
-    return RuleVerifier("verifier", {"metric_only": True}), RewardInference("reward")
+    return RuleVerifier("verifier", {"metric_only": True}), BoundedReward("reward")
 
 
 def _build_evaluator(

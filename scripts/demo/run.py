@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import chatlearn
 from chatlearn.checkpoint.folders import find_checkpoints
@@ -22,7 +22,7 @@ from scripts.demo.problems import (
     write_rows,
 )
 from scripts.demo.report import write_report
-from scripts.demo.reward_model import train_reward_model
+from scripts.demo.reward_model import build_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,16 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started_s = options.started or time.time()
     folder = Path(options.output).resolve()
     try:
-        held_out = _prepare_data(folder, options.seed)
+        training, held_out = _prepare_data(folder, options.seed)
         _say("1. warm start: supervised training on right and on carry-free answers")
-        warm_start = _run_config("demo_warm_start", options, [])
+        warm_start = _run_config("demo_warm_start", options.seed)
         os.environ["WARM_START"] = _checkpoint(warm_start, "warm_start")
-        overrides: list[str] = list(options.overrides)
+        name = f"demo_{options.algo}"
         if options.reward == "model":
             _say("2. reward model: trained on pairs of answers")
-            overrides += train_reward_model(folder, options.seed, _run_config, options)
+            _train_reward_model(folder, training, options.seed)
+            name += "_reward_model"
         _say(f"3. {options.algo.upper()} with {_describe_reward(options.reward)}")
-        result = _run_config(f"demo_{options.algo}", options, overrides)
+        result = _run_config(name, options.seed, options.overrides)
     except ChatLearnError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -71,8 +72,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _prepare_data(folder: Path, seed: int) -> list[Problem]:
-    """Write tokenizer and data files; gives the held-out problems."""
+def _prepare_data(folder: Path, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Write tokenizer and data files; gives training and held-out problems."""
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     os.environ["DEMO_DIR"] = str(folder)
@@ -86,13 +87,21 @@ def _prepare_data(folder: Path, seed: int) -> list[Problem]:
     write_rows(data / "warm_start.jsonl", rows)
     write_rows(data / "train.jsonl", [problem.as_row() for problem in training])
     write_rows(data / "held_out.jsonl", [problem.as_row() for problem in held_out])
-    return held_out
+    return training, held_out
 
 
-def _run_config(name: str, options: argparse.Namespace, overrides: Sequence[str]) -> RunResult:
+def _train_reward_model(folder: Path, problems: Sequence[Problem], seed: int) -> None:
+    """Let the policy answer, make pairs of its mistakes, train, and name the checkpoint."""
+    samples = _run_config("demo_sampling", seed).rollouts
+    write_rows(folder / "data" / "pairs.jsonl", build_pairs(problems, samples, seed))
+    result = _run_config("demo_reward", seed)
+    os.environ["REWARD_MODEL"] = _checkpoint(result, "reward_trainer")
+
+
+def _run_config(name: str, seed: int, overrides: Sequence[str] = ()) -> RunResult:
     """What `chatlearn train configs/NAME.yaml` does, with the demo's seed."""
     path = _ROOT / "configs" / f"{name}.yaml"
-    config = chatlearn.init(path, [f"runtime.seed={options.seed}", *overrides])
+    config = chatlearn.init(path, [f"runtime.seed={seed}", *overrides])
     engine = build_engine(config)
     set_datasets(engine, config)
     return engine.learn()
@@ -107,7 +116,7 @@ def _describe_reward(kind: str) -> str:
     return "the rule-based verifier" if kind == "rule" else "a reward model"
 
 
-def _say(text: str, **_options: Any) -> None:
+def _say(text: str) -> None:
     sys.stderr.write(f"\n{text}\n")
     sys.stderr.flush()
 

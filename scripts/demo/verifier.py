@@ -1,4 +1,4 @@
-"""RuleVerifier: the reward that needs no model."""
+"""The demo's rewards: a rule that needs no model, and a reward model kept between 0 and 1."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from chatlearn import BaseModule
+from megatron_adapters import RewardInference
 
-__all__ = ["RuleVerifier"]
+__all__ = ["BoundedReward", "RuleVerifier"]
 
 
 class RuleVerifier(BaseModule):
@@ -33,3 +34,12 @@ class RuleVerifier(BaseModule):
     def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """The same as `forward_step`."""
         return self.forward_step(data)
+
+
+class BoundedReward(RewardInference):
+    """The reward model's number through a sigmoid, so that it compares with exact match."""
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds `rewards` in (0, 1)."""
+        scored = super().forward_step(data)
+        return {**scored, "rewards": scored["rewards"].sigmoid()}
