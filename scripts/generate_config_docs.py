@@ -57,12 +57,12 @@ runtime:
 MEGATRON = """\
 ### Megatron's fields
 
-Megatron-Core's own fields stand flat under `models.<name>`, beside the keys above, under Megatron's
-own names: `hidden_size`, `num_layers`, `sequence_parallel`, `recompute_granularity`, `lr`,
-`clip_grad`, `use_distributed_optimizer`, ... `chatlearn/config/megatron_fields.py` lists the {count}
-fields that YAML can give, of
-{classes}. A Megatron model needs `num_layers`, `hidden_size`, `num_attention_heads`,
-`vocab_size` and `max_sequence_length`.
+Megatron-Core's own fields stand flat under `models.<name>`, beside the keys above, under its own
+names: `hidden_size`, `num_layers`, `sequence_parallel`, `recompute_granularity`, `lr`, `clip_grad`,
+`use_distributed_optimizer`, ... They are the fields of
+{classes} that YAML can
+give, {count} in all; `chatlearn/config/megatron_fields.py` lists them. A Megatron model needs
+`num_layers`, `hidden_size`, `num_attention_heads`, `vocab_size` and `max_sequence_length`.
 
 These stand there too, and are no fields of those classes:
 """
