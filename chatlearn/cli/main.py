@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.platform.startswith("linux"):
         _say(f"chatlearn runs on Linux only (got {sys.platform}): use a container or WSL 2.")
         return EXIT_BAD_CONFIG
-    parsed = _build_parser().parse_args(arguments)
+    parsed = _parse_arguments(arguments)
     # Commands import torch and ray; --help and --version do not wait for them.
     from chatlearn.cli.commands import run_check, run_eval, run_train
     from chatlearn.engine.run import Terminated
@@ -51,6 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return EXIT_FAILED
     return 0
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _build_parser()
+    parsed, left = parser.parse_known_args(arguments)
+    # argparse takes no more of a list once an option stood between its entries.
+    stray = [entry for entry in left if entry.startswith("-") or "=" not in entry]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    parsed.overrides += left
+    return parsed
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,67 @@
+"""Every shipped config loads, and passes `chatlearn check` for the devices that it is for."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chatlearn.cli.main import main
+from chatlearn.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = {
+    "ppo_7b_8gpu.yaml": 8,
+    "grpo_7b_8gpu.yaml": 8,
+    "ppo_70b_64gpu.yaml": 64,
+    "grpo_70b_64gpu.yaml": 64,
+}
+
+
+def read_engine(path):
+    return (yaml.safe_load(path.read_text(encoding="utf-8")).get("runtime") or {}).get("engine")
+
+
+RUNNABLE = [path for path in CONFIGS if read_engine(path)]
+
+
+def test_the_recipes_are_shipped():
+    assert set(RECIPES) <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert load_config(path.relative_to(ROOT)).models
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.name)
+def test_every_config_passes_the_check(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    devices = RECIPES.get(path.name)
+    arguments = ["--assume-devices", str(devices)] if devices else []
+    code = main(["check", str(path.relative_to(ROOT)), *arguments])
+    captured = capsys.readouterr()
+    assert (code, captured.err) == (0, "")
+    assert "unknown" not in captured.out or devices is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_uses_all_its_devices_and_no_more(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    count = RECIPES[name]
+    assert main(["check", f"configs/{name}", "--assume-devices", str(count)]) == 0
+    assert f"placement on {count // 8} x 8 GPUs" in capsys.readouterr().out
+    assert main(["check", f"configs/{name}", "--assume-devices", str(count // 2)]) == 2
+    assert f"the models ask for {count} GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ppo_7b_8gpu.yaml", "ppo_70b_64gpu.yaml"])
+def test_a_recipe_takes_paths_from_the_environment(name, monkeypatch):
+    monkeypatch.setenv("TRAIN_DATA", "/data/prompts.jsonl")
+    monkeypatch.setenv("POLICY_CHECKPOINT", "/data/policy")
+    config = load_config(ROOT / "configs" / name)
+    assert config.runtime.data_path == ("/data/prompts.jsonl",)
+    assert config.models["policy_trainer"].load == "/data/policy"
+    assert config.models["reference"].load == "/data/policy"
