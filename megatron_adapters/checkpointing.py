@@ -109,7 +109,8 @@ def _load(folder: str, content: dict[str, Any]) -> dict[str, Any]:
             "such as checkpoints/episode_000010/models/policy_trainer"
         )
     try:
-        return dist_checkpointing.load(content, folder)
+        loaded: Any = dist_checkpointing.load(content, folder)
+        return loaded
     except (OSError, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded into this model: {error}") from error
 
@@ -144,7 +145,10 @@ def _build_strategy() -> Any:
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    class TorchWriter(SaveShardedStrategy):
+    # Its base types a property that subclasses change as the constant False.
+    base: Any = SaveShardedStrategy
+
+    class TorchWriter(base):
         def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
             flat, mapping, renamed = torch_strategies._replace_state_dict_keys_with_sharded_keys(
                 sharded_state_dict, keep_only_main_replica=True

@@ -45,8 +45,9 @@ def build_block_spec(config: Any, vp_stage: int | None, *, use_cache: bool, use_
         from megatron.core.extensions.transformer_engine import TENorm
 
         norm: Any = TENorm
+        parts: Any = layer.submodules
         if use_cache:
-            layer.submodules.self_attention.submodules.core_attention = FusedAttention
+            parts.self_attention.submodules.core_attention = FusedAttention
     else:
         layer = get_gpt_layer_local_spec(**options, normalization=config.normalization)
         norm = FusedNorm

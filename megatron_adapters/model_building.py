@@ -140,5 +140,6 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     if head == "scalar" and is_last:
-        model.output_layer = ScalarHead(settings.transformer)
+        headed: Any = model
+        headed.output_layer = ScalarHead(settings.transformer)
     return model

@@ -15,7 +15,13 @@ from chatlearn.config.chatlearn_keys import UNSUPPORTED
 from chatlearn.config.checks import find_contradictions
 from chatlearn.config.megatron_fields import MEGATRON_FIELDS
 from chatlearn.config.model_fields import MODEL_FIELDS
-from chatlearn.config.reading import apply_overrides, merge, read_model_files, read_source
+from chatlearn.config.reading import (
+    apply_overrides,
+    as_section,
+    merge,
+    read_model_files,
+    read_source,
+)
 from chatlearn.config.schema import (
     AlgorithmConfig,
     Config,
@@ -90,7 +96,7 @@ def _sort_model_fields(content: dict[str, Any], problems: list[str]) -> dict[str
         if not isinstance(section, Mapping):
             sorted_models[model] = section if section is not None else {}
             continue
-        own, megatron = {}, dict[str, Any]()
+        own, megatron = dict[str, Any](), dict[str, Any]()
         for key, value in cast("Mapping[str, Any]", section).items():
             if key in ModelConfig.model_fields or key not in known:
                 own[key] = value
@@ -119,25 +125,19 @@ def _rename_num_device(model: str, own: dict[str, Any], problems: list[str]) -> 
 def _find_unknown(content: Mapping[str, Any], problems: list[str]) -> None:
     _check_keys(content, "", tuple(Config.model_fields), "", problems)
     flat = {name for group in MEGATRON_FIELDS.values() for name in group} | set(MODEL_FIELDS)
-    models = content.get("models")
-    for name, section in models.items() if isinstance(models, Mapping) else ():
+    own = tuple(key for key in ModelConfig.model_fields if key != "megatron")
+    for name, section in as_section(content.get("models")).items():
         path = f"models.{name}"
-        own = tuple(key for key in ModelConfig.model_fields if key != "megatron")
         _check_keys(section, path, (*own, "megatron", *flat), "models", problems)
-        if isinstance(section, Mapping):
-            _check_keys(
-                section.get("generation"),
-                f"{path}.generation",
-                tuple(GenerationConfig.model_fields),
-                None,
-                problems,
-            )
-            _check_keys(section.get("megatron"), f"{path}.megatron", tuple(flat), None, problems)
+        generation, megatron = map(as_section(section).get, ("generation", "megatron"))
+        names = tuple(GenerationConfig.model_fields)
+        _check_keys(generation, f"{path}.generation", names, None, problems)
+        _check_keys(megatron, f"{path}.megatron", tuple(flat), None, problems)
     runtime = content.get("runtime")
     _check_keys(runtime, "runtime", tuple(RuntimeConfig.model_fields), "runtime", problems)
-    if isinstance(runtime, Mapping):
-        names = tuple(AlgorithmConfig.model_fields)
-        _check_keys(runtime.get("algorithm"), "runtime.algorithm", names, None, problems)
+    names = tuple(AlgorithmConfig.model_fields)
+    algorithm = as_section(runtime).get("algorithm")
+    _check_keys(algorithm, "runtime.algorithm", names, None, problems)
     names = tuple(RuntimeEnvConfig.model_fields)
     _check_keys(content.get("runtime_env"), "runtime_env", names, "runtime_env", problems)
 
@@ -145,10 +145,8 @@ def _find_unknown(content: Mapping[str, Any], problems: list[str]) -> None:
 def _check_keys(
     section: Any, path: str, known: Sequence[str], table: str | None, problems: list[str]
 ) -> None:
-    if not isinstance(section, Mapping):
-        return
     unsupported = UNSUPPORTED.get(table, {}) if table is not None else {}
-    for key in cast("Mapping[Any, Any]", section):
+    for key in as_section(section):
         if key in known:
             continue
         where = f"{path}.{key}".lstrip(".")

@@ -12,7 +12,7 @@ import yaml
 
 from chatlearn.errors import ConfigError
 
-__all__ = ["apply_overrides", "merge", "read_model_files", "read_source"]
+__all__ = ["apply_overrides", "as_section", "merge", "read_model_files", "read_source"]
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
 _MODEL_FILE = "model_config_file"
@@ -89,15 +89,20 @@ def read_model_files(content: dict[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name, section in cast("Mapping[str, Any]", models).items():
         merged[name] = section
-        path = section.get(_MODEL_FILE) if isinstance(section, Mapping) else None
+        own = dict(as_section(section))
+        path = own.get(_MODEL_FILE)
         if isinstance(path, str):
-            own = dict(cast("Mapping[str, Any]", section))
             del own[_MODEL_FILE]
             beneath = _read_file(Path(path), ())
             if _MODEL_FILE in beneath:
                 raise ConfigError(f"{path}: {_MODEL_FILE} within a model file: use includes")
             merged[name] = merge(beneath, own)
     return {**content, "models": merged}
+
+
+def as_section(value: Any) -> Mapping[str, Any]:
+    """The value where it is a mapping, else an empty one."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,10 +146,10 @@ def _read_file(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
 
 def _anchor_model_files(content: dict[str, Any], folder: Path) -> None:
     """Make the paths of `model_config_file` relative to the folder of the file that has them."""
-    models = content.get("models")
-    for section in cast("dict[str, Any]", models).values() if isinstance(models, dict) else ():
-        if isinstance(section, dict) and isinstance(section.get(_MODEL_FILE), str):
-            section[_MODEL_FILE] = str(folder / section[_MODEL_FILE])
+    for section in as_section(content.get("models")).values():
+        path = as_section(section).get(_MODEL_FILE)
+        if isinstance(path, str):
+            section[_MODEL_FILE] = str(folder / path)
 
 
 def _parse(text: str, name: str) -> Any:
@@ -183,8 +188,8 @@ def _expand(value: Any, path: str) -> Any:
 
 
 def _variable(match: re.Match[str], path: str) -> str:
-    name, default = match.group(1), match.group(2)
-    found = os.environ.get(name, default)
+    name, default = match.groups()
+    found: str | None = os.environ.get(name, default)
     if found is None:
         raise ConfigError(
             f"{path}: the environment variable {name} is not set; set it, or give a default: "

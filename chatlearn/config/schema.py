@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -22,7 +22,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def _as_paths(value: Any) -> Any:
@@ -48,105 +48,115 @@ class _Section(BaseModel):
 class RuntimeEnvConfig(_Section):
     """What Ray gives every worker process; passed on as Ray's `runtime_env`."""
 
-    pip: Texts = Field((), description="Python packages to install in the workers")
-    py_modules: Texts = Field((), description="local packages to copy to the workers")
-    working_dir: str | None = Field(None, description="folder to copy to the workers")
-    excludes: Texts = Field((), description="patterns left out of `working_dir`")
-    env_vars: dict[str, str] = Field({}, description="environment variables of the workers")
+    pip: Texts = Field(default=(), description="Python packages to install in the workers")
+    py_modules: Texts = Field(default=(), description="local packages to copy to the workers")
+    working_dir: str | None = Field(default=None, description="folder to copy to the workers")
+    excludes: Texts = Field(default=(), description="patterns left out of `working_dir`")
+    env_vars: dict[str, str] = Field(default={}, description="environment variables of the workers")
 
 
 class GenerationConfig(_Section):
     """How a policy samples."""
 
-    temperature: float = Field(1.0, ge=0, description="divides the logits; 0: greedy")
+    temperature: float = Field(default=1.0, ge=0, description="divides the logits; 0: greedy")
     eval_temperature: float | None = Field(
-        None, ge=0, description="temperature of `eval_step`; unset: `temperature`"
+        default=None, ge=0, description="temperature of `eval_step`; unset: `temperature`"
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens of this mass")
-    top_k: Count = Field(0, description="keep this many likeliest tokens; 0: all")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="keep the likeliest tokens of this mass"
+    )
+    top_k: Count = Field(default=0, description="keep this many likeliest tokens; 0: all")
     max_new_tokens: Positive | None = Field(
-        None, description="longest response, tokens; unset: what the context leaves room for"
+        default=None,
+        description="longest response, tokens; unset: what the context leaves room for",
     )
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field(
-        (), description="tokens that end a response besides the tokenizer's end token"
+        default=(), description="tokens that end a response besides the tokenizer's end token"
     )
-    num_slots: Positive = Field(64, description="sequences that a replica decodes at once")
+    num_slots: Positive = Field(default=64, description="sequences that a replica decodes at once")
 
 
 class AlgorithmConfig(_Section):
     """Losses and advantages, shared by every model of the run."""
 
     loss: Literal["auto", "ppo", "dpo", "sft"] = Field(
-        "auto", description="the policy trainer's loss; auto: by the columns of the data"
+        default="auto", description="the policy trainer's loss; auto: by the columns of the data"
     )
-    gamma: Share = Field(1.0, description="discount of a token's reward")
-    lam: Share = Field(0.95, description="GAE's lambda")
-    clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to 1 - this")
-    clip_ratio_high: float = Field(0.2, gt=0, description="ratio is clipped to 1 + this")
+    gamma: Share = Field(default=1.0, description="discount of a token's reward")
+    lam: Share = Field(default=0.95, description="GAE's lambda")
+    clip_ratio_low: float = Field(
+        default=0.2, gt=0, lt=1, description="ratio is clipped to 1 - this"
+    )
+    clip_ratio_high: float = Field(default=0.2, gt=0, description="ratio is clipped to 1 + this")
     value_clip: float | None = Field(
-        0.2, gt=0, description="values move at most this far per update; null: no clipping"
+        default=0.2, gt=0, description="values move at most this far per update; null: no clipping"
     )
-    value_loss_coef: float = Field(1.0, ge=0, description="weight of the value loss")
-    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
-    kl_coef: float = Field(0.01, ge=0, description="weight of the KL to the reference")
+    value_loss_coef: float = Field(default=1.0, ge=0, description="weight of the value loss")
+    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    kl_coef: float = Field(default=0.01, ge=0, description="weight of the KL to the reference")
     kl_in: Literal["auto", "reward", "loss", "none"] = Field(
-        "auto",
+        default="auto",
         description="where the KL enters: the token rewards, the loss, or nowhere; auto: the "
         "rewards with a critic (GAE), the loss with group advantages",
     )
     kl_estimator: Literal["auto", "k1", "k2", "k3"] = Field(
-        "auto", description="estimator of the KL; auto: k1 in the reward, k3 in the loss"
+        default="auto", description="estimator of the KL; auto: k1 in the reward, k3 in the loss"
     )
     whiten_advantages: bool = Field(
-        True, description="zero mean, unit deviation over the global batch (GAE advantages)"
+        default=True, description="zero mean, unit deviation over the global batch (GAE advantages)"
     )
     advantage_normalization: Literal["population_std", "unbiased_std", "leave_one_out", "none"] = (
-        Field("population_std", description="what group advantages are divided by (GRPO)")
+        Field(default="population_std", description="what group advantages are divided by (GRPO)")
     )
     loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = Field(
-        "token_mean", description="how token losses become one number"
+        default="token_mean", description="how token losses become one number"
     )
     old_logprobs: Literal["recompute", "rollout"] = Field(
-        "recompute",
+        default="recompute",
         description="denominator of the ratio: scored by the trainer before the episode's first "
         "update, or as the sampler reported",
     )
-    dpo_beta: float = Field(0.1, gt=0, description="DPO's beta")
+    dpo_beta: float = Field(default=0.1, gt=0, description="DPO's beta")
 
 
 class ModelConfig(_Section):
     """One model: where it runs, how it is cut, what it is."""
 
-    module: str | None = Field(None, description="its class, `package.module:Class`")
-    num_gpu: Count | None = Field(None, description="devices in total; unset: one replica's")
-    num_cpu: Count = Field(0, description="CPUs in total, for a model without a device")
-    gpu_per_process: Literal[1] = Field(1, description="devices of one rank; always 1")
-    cpu_per_process: Positive = Field(1, description="CPUs of one rank of a CPU-only model")
-    trainable: bool = Field(False, description="trained; set by itself for the trainer's models")
-    tensor_model_parallel_size: Positive = Field(1, description="tensor parallel ranks")
-    pipeline_model_parallel_size: Positive = Field(1, description="pipeline stages")
-    virtual_pipeline_model_parallel_size: Positive | None = Field(
-        None, description="model chunks of each pipeline stage"
+    module: str | None = Field(default=None, description="its class, `package.module:Class`")
+    num_gpu: Count | None = Field(
+        default=None, description="devices in total; unset: one replica's"
     )
-    context_parallel_size: Positive = Field(1, description="context parallel ranks")
-    expert_model_parallel_size: Positive = Field(1, description="expert parallel ranks")
+    num_cpu: Count = Field(default=0, description="CPUs in total, for a model without a device")
+    gpu_per_process: Literal[1] = Field(default=1, description="devices of one rank; always 1")
+    cpu_per_process: Positive = Field(default=1, description="CPUs of one rank of a CPU-only model")
+    trainable: bool = Field(
+        default=False, description="trained; set by itself for the trainer's models"
+    )
+    tensor_model_parallel_size: Positive = Field(default=1, description="tensor parallel ranks")
+    pipeline_model_parallel_size: Positive = Field(default=1, description="pipeline stages")
+    virtual_pipeline_model_parallel_size: Positive | None = Field(
+        default=None, description="model chunks of each pipeline stage"
+    )
+    context_parallel_size: Positive = Field(default=1, description="context parallel ranks")
+    expert_model_parallel_size: Positive = Field(default=1, description="expert parallel ranks")
     expert_tensor_parallel_size: Positive | None = Field(
-        None, description="tensor parallel ranks within an expert; unset: as the model's"
+        default=None, description="tensor parallel ranks within an expert; unset: as the model's"
     )
     generation_batch_size: Positive | None = Field(
-        None, description="rows of one inference call; unset: runtime's"
+        default=None, description="rows of one inference call; unset: runtime's"
     )
     sync_frequency: Count = Field(
-        1, description="as a sync's destination: new weights every so many episodes; 0: never"
+        default=1,
+        description="as a sync's destination: new weights every so many episodes; 0: never",
     )
     model_config_file: str | None = Field(
-        None, description="YAML of this model's keys, merged beneath the ones given here"
+        default=None, description="YAML of this model's keys, merged beneath the ones given here"
     )
-    load: str | None = Field(None, description="checkpoint folder to start from")
-    generation: GenerationConfig = Field(GenerationConfig(), description="sampling")
-    args: dict[str, Any] = Field({}, description="free options of a user's own module")
+    load: str | None = Field(default=None, description="checkpoint folder to start from")
+    generation: GenerationConfig = Field(default=GenerationConfig(), description="sampling")
+    args: dict[str, Any] = Field(default={}, description="free options of a user's own module")
     megatron: dict[str, Any] = Field(
-        {}, description="Megatron-Core's fields; write them flat, beside the keys above"
+        default={}, description="Megatron-Core's fields; write them flat, beside the keys above"
     )
 
 
@@ -154,79 +164,95 @@ class RuntimeConfig(_Section):
     """The run: episodes, batches, data, limits, logs."""
 
     engine: str | None = Field(
-        None, description="rlhf, grpo, dpo, online_dpo, eval or `package.module:build`"
+        default=None, description="rlhf, grpo, dpo, online_dpo, eval or `package.module:build`"
     )
     backend: Literal["ray", "local"] = Field(
-        "ray", description="ray: workers in Ray; local: one rank per model, in this process"
+        default="ray", description="ray: workers in Ray; local: one rank per model, in this process"
     )
-    num_episode: Positive = Field(1, description="episodes")
+    num_episode: Positive = Field(default=1, description="episodes")
     sample_per_episode: Positive | None = Field(
-        None, description="prompts per episode; unset: the data set's length"
+        default=None, description="prompts per episode; unset: the data set's length"
     )
-    num_samples_per_prompt: Positive = Field(1, description="samples of each prompt")
-    num_training_epoch: Positive = Field(1, description="passes over an episode's samples")
+    num_samples_per_prompt: Positive = Field(default=1, description="samples of each prompt")
+    num_training_epoch: Positive = Field(default=1, description="passes over an episode's samples")
     generation_batch_size: Positive | None = Field(
-        None, description="rows of one inference call; unset: an even share for each replica"
+        default=None,
+        description="rows of one inference call; unset: an even share for each replica",
     )
     train_micro_batch_size: Positive = Field(
-        8, description="rows of one forward-backward pass on one rank"
+        default=8, description="rows of one forward-backward pass on one rank"
     )
     train_global_batch_size: Positive | None = Field(
-        None, description="rows of one update; unset: all rows of the episode"
+        default=None, description="rows of one update; unset: all rows of the episode"
     )
     save_episode_interval: Positive | None = Field(
-        None, description="save a checkpoint every so many episodes; unset: never"
+        default=None, description="save a checkpoint every so many episodes; unset: never"
     )
     save_total_limit: Positive | None = Field(
-        None, description="checkpoints to keep, the newest; unset: all"
+        default=None, description="checkpoints to keep, the newest; unset: all"
     )
     eval_episode_interval: Count | None = Field(
-        None, description="evaluate every so many episodes; unset: after the last; 0: never"
+        default=None, description="evaluate every so many episodes; unset: after the last; 0: never"
     )
-    enable_eval_before_training: bool = Field(False, description="evaluate before training")
-    data_path: Paths | None = Field(None, description="prompt files (JSON lines, JSON, CSV, text)")
-    eval_data_path: Paths | None = Field(None, description="prompt files of the evaluation")
+    enable_eval_before_training: bool = Field(default=False, description="evaluate before training")
+    data_path: Paths | None = Field(
+        default=None, description="prompt files (JSON lines, JSON, CSV, text)"
+    )
+    eval_data_path: Paths | None = Field(default=None, description="prompt files of the evaluation")
     data_ratio: Annotated[tuple[Positive, ...], BeforeValidator(_as_ratio)] | None = Field(
-        None, description="how several data sets are mixed, one number each"
+        default=None, description="how several data sets are mixed, one number each"
     )
-    data_shuffle: bool = Field(True, description="shuffle the prompts of each epoch")
-    tokenizer: str | None = Field(None, description="sentencepiece `.model` file")
-    seed: Count = Field(0, description="of data order, initial values and sampling")
+    data_shuffle: bool = Field(default=True, description="shuffle the prompts of each epoch")
+    tokenizer: str | None = Field(default=None, description="sentencepiece `.model` file")
+    seed: Count = Field(default=0, description="of data order, initial values and sampling")
     deterministic: bool = Field(
-        False, description="compose batches by row id, so that tokens repeat from run to run"
+        default=False,
+        description="compose batches by row id, so that tokens repeat from run to run",
     )
-    debug: bool = Field(False, description="check invariants that cost time")
+    debug: bool = Field(default=False, description="check invariants that cost time")
     stream_data_loader_type: Literal["fixed", "dynamic"] = Field(
-        "fixed", description="fixed: train while rollouts run; dynamic: once all are there"
+        default="fixed", description="fixed: train while rollouts run; dynamic: once all are there"
     )
     max_relay_episode: Annotated[int, Field(ge=-1)] = Field(
-        0, description="episodes kept for a sample manager; -1: all, 0: the current one"
+        default=0, description="episodes kept for a sample manager; -1: all, 0: the current one"
     )
-    relay_episode_offset: Count = Field(0, description="first episode that is kept")
+    relay_episode_offset: Count = Field(default=0, description="first episode that is kept")
     training_shuffle_mode: Literal["batch", "sample"] = Field(
-        "batch", description="what later training epochs shuffle"
+        default="batch", description="what later training epochs shuffle"
     )
     colocation: Annotated[
         tuple[Annotated[str | tuple[str, ...], BeforeValidator(_as_tuple)], ...],
         BeforeValidator(_as_tuple),
-    ] = Field((), description="groups of models that share devices: `policy,reference` or a list")
+    ] = Field(
+        default=(), description="groups of models that share devices: `policy,reference` or a list"
+    )
     devices_per_node: Literal["auto"] | Positive = Field(
-        "auto",
+        default="auto",
         description="devices of a node; auto: its GPUs, and without GPUs as many logical slots "
         "as are asked for",
     )
-    max_restarts: Literal[0] = Field(0, description="restarts of dead workers; only 0 so far")
-    stage_timeout_s: Seconds = Field(1800.0, description="limit of one call of a stage, seconds")
-    startup_timeout_s: Seconds = Field(300.0, description="limit of starting workers, seconds")
-    sync_timeout_s: Seconds = Field(300.0, description="limit of one weight sync, seconds")
-    validate_param_sync: bool = Field(False, description="compare every element after a sync")
-    algorithm: AlgorithmConfig = Field(AlgorithmConfig(), description="losses and advantages")
-    exp_name: str = Field("chatlearn", description="folder of the run within `output_dir`")
-    output_dir: str = Field("runs", description="where run folders go")
-    enable_tensorboard: bool = Field(True, description="write TensorBoard files")
-    enable_wandb: bool = Field(False, description="log to Weights & Biases, if installed")
-    wandb_project: str = Field("chatlearn", description="project name there")
-    wandb_name: str | None = Field(None, description="run name there")
+    max_restarts: Literal[0] = Field(
+        default=0, description="restarts of dead workers; only 0 so far"
+    )
+    stage_timeout_s: Seconds = Field(
+        default=1800.0, description="limit of one call of a stage, seconds"
+    )
+    startup_timeout_s: Seconds = Field(
+        default=300.0, description="limit of starting workers, seconds"
+    )
+    sync_timeout_s: Seconds = Field(default=300.0, description="limit of one weight sync, seconds")
+    validate_param_sync: bool = Field(
+        default=False, description="compare every element after a sync"
+    )
+    algorithm: AlgorithmConfig = Field(
+        default=AlgorithmConfig(), description="losses and advantages"
+    )
+    exp_name: str = Field(default="chatlearn", description="folder of the run within `output_dir`")
+    output_dir: str = Field(default="runs", description="where run folders go")
+    enable_tensorboard: bool = Field(default=True, description="write TensorBoard files")
+    enable_wandb: bool = Field(default=False, description="log to Weights & Biases, if installed")
+    wandb_project: str = Field(default="chatlearn", description="project name there")
+    wandb_name: str | None = Field(default=None, description="run name there")
 
     @property
     def colocation_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -240,9 +266,11 @@ class RuntimeConfig(_Section):
 class Config(_Section):
     """The whole configuration."""
 
-    runtime_env: RuntimeEnvConfig = Field(RuntimeEnvConfig(), description="worker environment")
-    models: dict[str, ModelConfig] = Field({}, description="the models, by name")
-    runtime: RuntimeConfig = Field(RuntimeConfig(), description="the run")
+    runtime_env: RuntimeEnvConfig = Field(
+        default=RuntimeEnvConfig(), description="worker environment"
+    )
+    models: dict[str, ModelConfig] = Field(default={}, description="the models, by name")
+    runtime: RuntimeConfig = Field(default=RuntimeConfig(), description="the run")
 
     def model(self, name: str) -> ModelConfig:
         """The section of one model; defaults where the config does not name it."""

@@ -24,11 +24,12 @@ class RLHFEngine(Engine):
         self,
         policy: BaseModule,
         reference: BaseModule,
-        reward: BaseModule,
+        reward: Any,
         value: BaseModule,
         policy_trainer: BaseModule,
         value_trainer: BaseModule,
     ) -> None:
+        # In a flow a method takes several inputs, which its signature cannot say: `Any`.
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
             ref_out = reference.forward_step(policy_out)
@@ -120,7 +121,7 @@ class EvalEngine(Engine):
 
 
 def _scored_rollout(
-    policy: BaseModule, reference: BaseModule, reward: BaseModule, policy_trainer: BaseModule
+    policy: BaseModule, reference: BaseModule, reward: Any, policy_trainer: BaseModule
 ) -> tuple[Environment, Trainer]:
     def env_flow(batch: Any) -> Any:
         policy_out = policy.forward_step(batch)

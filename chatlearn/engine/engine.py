@@ -16,7 +16,7 @@ from chatlearn.engine.state import current_config
 from chatlearn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from chatlearn.config import Config
     from chatlearn.engine.planning import RunPlan
@@ -72,9 +72,7 @@ class Engine:
         return self
 
     def set_dataset(self, dataset: Sequence[Any]) -> Self:
-        """Use one list of prompts for the environment (without one: the trainer; without that,
-        the evaluator).
-        """
+        """Use one list of prompts, for the first of environment, trainer and evaluator there is."""
         return self.set_multiple_datasets([dataset])
 
     def set_multiple_datasets(self, datasets: Sequence[Sequence[Any]]) -> Self:

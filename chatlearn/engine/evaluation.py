@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.errors import DataError
-from chatlearn.flow.execute import FlowRun, FlowSettings, StageRecord
+from chatlearn.flow.execute import FlowRun, StageRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -34,7 +34,7 @@ __all__ = ["Terminated", "run_engine"]
 logger = logging.getLogger(__name__)
 
 
-class Terminated(ChatLearnError):
+class Terminated(ChatLearnError):  # noqa: N818 - a request to stop, not an error of the run
     """SIGTERM came; a checkpoint was saved where there is something to save."""
 
 

@@ -201,10 +201,7 @@ class FlowRun:
         batches: dict[str, dict[int, RemoteValue]] = {}
         for index in dict.fromkeys(node.inputs):
             for row_id in row_ids:
-                if index == ROOT:
-                    sources = self._rows[row_id]
-                else:
-                    sources = (self._sources[index][row_id],)
+                sources = self._rows[row_id] if index == ROOT else (self._sources[index][row_id],)
                 for source in sources:
                     batches.setdefault(source.producer, {})[id(source.batch)] = source.batch
         return tuple(

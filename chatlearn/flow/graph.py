@@ -77,7 +77,7 @@ def sort_nodes(name: str, nodes: Sequence[FlowNode], outputs: Sequence[int]) -> 
             if all(i == ROOT or i in placed for i in (*nodes[index].inputs, *nodes[index].after))
         ]
         if not ready:
-            lines = "\n".join(f"  {nodes[index].line}" for index in left)
+            lines = "\n".join(f"  {nodes[index].line}" for index in _trim_to_cycles(nodes, left))
             raise FlowError(f"control dependencies of the {name} flow close a cycle:\n{lines}")
         order.append(ready[0])
         placed.add(ready[0])
@@ -97,6 +97,17 @@ def sort_nodes(name: str, nodes: Sequence[FlowNode], outputs: Sequence[int]) -> 
         for old in order
     )
     return FlowGraph(name, moved, tuple(position[index] for index in dict.fromkeys(outputs)))
+
+
+def _trim_to_cycles(nodes: Sequence[FlowNode], left: Sequence[int]) -> list[int]:
+    """Those of `left` that other calls wait for: without the calls behind the cycles."""
+    kept = list(left)
+    while True:
+        needed = {i for index in kept for i in (*nodes[index].inputs, *nodes[index].after)}
+        fewer = [index for index in kept if index in needed]
+        if fewer == kept:
+            return kept
+        kept = fewer
 
 
 def describe_graph(graph: FlowGraph) -> list[tuple[str, str, str, str]]:

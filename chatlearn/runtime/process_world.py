@@ -98,7 +98,7 @@ def _build_data_parallel_group(identity: WorkerIdentity) -> ProcessGroup | None:
     own: ProcessGroup | None = None
     # Every rank takes part in making every group, in the same order.
     for ranks in sorted({layout.data_parallel_ranks(rank) for rank in range(layout.world_size)}):
-        group = dist.new_group(ranks)
+        group: Any = dist.new_group(ranks)
         if identity.rank in ranks:
             own = group
     return own

@@ -125,7 +125,7 @@ class RayBackend:
 
     def get(self, value: RemoteValue, timeout_s: float) -> Any:
         """Bring a value to the driver."""
-        import ray
+        import ray.exceptions
 
         try:
             return ray.get(value.handle, timeout=timeout_s)
@@ -152,7 +152,7 @@ class RayBackend:
 
     def fetch(self, call: PendingCall, timeout_s: float, output: int = 0) -> Any:
         """The value of one output of a call."""
-        import ray
+        import ray.exceptions
 
         deadline = time.monotonic() + timeout_s
         ref = call.outputs[output].handle
@@ -205,7 +205,8 @@ class RayBackend:
         )
         strategy = PlacementGroupSchedulingStrategy(slot.group, slot.bundle)
         # Groups of their own let a busy worker still be watched and asked for its stack.
-        kind = ray.remote(concurrency_groups={"watch": 1, "control": 1})(RayWorker)
+        remote: Any = ray.remote
+        kind = remote(concurrency_groups={"watch": 1, "control": 1})(RayWorker)
         actor = kind.options(
             num_cpus=slot.num_cpus,
             num_gpus=slot.num_gpus,
@@ -288,7 +289,7 @@ class RayBackend:
 
     def _await(self, refs: Mapping[_Actor, Any], timeout_s: float, what: str) -> dict[_Actor, Any]:
         """Results of one start-up step of every worker."""
-        import ray
+        import ray.exceptions
 
         ready, late = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
         del ready
@@ -340,7 +341,7 @@ class RayBackend:
         raise pick_cause(self._failures(later, refs) or failures)
 
     def _failures(self, ready: Sequence[Any], refs: Mapping[Any, PendingCall]) -> list[WorkerError]:
-        import ray
+        import ray.exceptions
 
         found: list[WorkerError] = []
         for ref in ready:

@@ -8,12 +8,14 @@ process lives.
 from __future__ import annotations
 
 import atexit
+import importlib
 import logging
 import os
 import secrets
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ __all__ = [
 
 _STORE_BYTES = 1 << 30
 _SMALLEST_STORE_BYTES = 80 << 20
+_POLL_S = 0.2
 
 
 def prepare_token() -> None:
@@ -50,9 +53,8 @@ def prepare_token() -> None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     if "ray" in sys.modules:
         # Ray has read its settings when it was imported; let it read them again.
-        from ray._raylet import Config
-
-        Config.initialize("")
+        raylet: Any = importlib.import_module("ray._raylet")
+        raylet.Config.initialize("")
 
 
 def choose_object_store(free_shm_bytes: int) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) ->
     Raises:
         PlacementError: no cluster answers there, or it refuses the token.
     """
-    import ray
+    import ray.exceptions
 
     if ray.is_initialized():
         return
@@ -117,6 +119,21 @@ def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) ->
             f"no Ray cluster can be joined at RAY_ADDRESS={address}: {error}. Is it up, and is "
             "its token in RAY_AUTH_TOKEN_PATH?"
         ) from error
+    _await_nodes(int(os.environ.get("CHATLEARN_NUM_NODES") or 1), timeout_s)
+
+
+def _await_nodes(num_nodes: int, timeout_s: float) -> None:
+    """Wait for the nodes that a launcher said it brings (`CHATLEARN_NUM_NODES`)."""
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    while (found := sum(1 for node in ray.nodes() if node["Alive"])) < num_nodes:
+        if time.monotonic() > deadline:
+            raise PlacementError(
+                f"{found} of {num_nodes} nodes joined Ray within {timeout_s:g} s: does the "
+                "launcher run on every node?"
+            )
+        time.sleep(_POLL_S)
 
 
 def count_cluster_devices() -> tuple[int, int]:

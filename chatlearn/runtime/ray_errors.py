@@ -23,7 +23,7 @@ def describe_failure(error: Exception, worker: WorkerSummary | None, flow_line: 
         worker: whose call it was, where known.
         flow_line: the flow line that the call served.
     """
-    import ray
+    import ray.exceptions
 
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, WorkerError):
         return error.cause

@@ -83,9 +83,9 @@ class RayWorker:
         """Join the replica's process world and take the module in."""
         from datetime import timedelta
 
-        from ray import cloudpickle
         import torch
         import torch.distributed as dist
+        from ray import cloudpickle
 
         from chatlearn.runtime.process_world import WorkerIdentity, join_world
 
@@ -114,7 +114,7 @@ class RayWorker:
             result = function(context, *resolved)
             if num_outputs > 1 and len(result) != num_outputs:
                 raise ValueError(f"{function} gave {len(result)} outputs, expected {num_outputs}")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a user's code raises is reported
             raise self._describe(error, line) from None
         return result
 
@@ -140,7 +140,7 @@ class RayWorker:
         )
 
     def _describe(self, error: Exception, line: str) -> WorkerError:
-        import ray
+        import ray.exceptions
 
         if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, WorkerError):
             return error.cause

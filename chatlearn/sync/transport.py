@@ -152,11 +152,11 @@ def move_weights(
         peer = message.destination if is_source else message.source
         try:
             if is_source:
-                channel.group.send([_pack(message, tensors)], peer, _TAG).wait()
+                _point_to_point(channel).send([_pack(message, tensors)], peer, _TAG).wait()
             else:
                 is_destination = True
                 buffer = _empty_buffer(message)
-                channel.group.recv([buffer], peer, _TAG).wait()
+                _point_to_point(channel).recv([buffer], peer, _TAG).wait()
                 _unpack(message, tensors, buffer, channel.labels[channel.rank], is_check)
         except RuntimeError as error:
             verb = "to send" if is_source else "to receive"
@@ -194,6 +194,11 @@ def take_weights(
 
 def _missing_channel() -> _Channel:
     raise SyncError("the sync channel is not open: prepare the synchronizer first")
+
+
+def _point_to_point(channel: Any) -> Any:
+    """The channel's group, whose raw send and recv torch leaves out of its type stubs."""
+    return channel.group
 
 
 def _pack(message: Message, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

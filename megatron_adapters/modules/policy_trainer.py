@@ -171,6 +171,6 @@ class PolicyTrainer(TrainerModule):
         if not update_kl <= _FIRST_UPDATE_KL:
             raise NumericsError(
                 f"model {self.name!r}: the first update after a rollout has a KL of "
-                f"{update_kl:.3g} to the policy that was scored before it; expected at most {_FIRST_UPDATE_KL:g}: "
-                "scoring and training see different numbers"
+                f"{update_kl:.3g} to the policy that was scored before it; expected at most "
+                f"{_FIRST_UPDATE_KL:g}: scoring and training see different numbers"
             )

@@ -33,7 +33,7 @@ def apply() -> None:
     expect_source(mixed.__init__, "'torch.cuda.FloatTensor'", patch)
     mixed.__init__ = _as_cuda(mixed.__init__)
 
-    sharded = distrib_optimizer.DistributedOptimizer
+    sharded: Any = distrib_optimizer.DistributedOptimizer
     build = sharded._build_model_and_main_param_groups
     expect_source(build, "'torch.cuda.FloatTensor'", patch)
     sharded._build_model_and_main_param_groups = classmethod(_as_cuda(build.__func__))

@@ -131,8 +131,11 @@ def build_grpo(config: Config) -> Engine:
     return engine.set_parameter_sync(policy_trainer, policy).set_relay_sample_manager(manager)
 
 
-def _build_judges(config: Config) -> tuple[RuleVerifier, BoundedReward | None]:
-    """The verifier, and the reward model where the config has one."""
+def _build_judges(config: Config) -> tuple[Any, Any]:
+    """The verifier, and the reward model where the config has one.
+
+    Within a flow a method takes several inputs, which its signature cannot say: hence `Any`.
+    """
     if "reward" not in config.models:
         return RuleVerifier("verifier"), None
     return RuleVerifier("verifier", {"metric_only": True}), BoundedReward("reward")
@@ -140,7 +143,7 @@ def _build_judges(config: Config) -> tuple[RuleVerifier, BoundedReward | None]:
 
 def _build_evaluator(
     policy: BaseModule, verifier: BaseModule, judge: BaseModule | None
-) -> Evaluator:
+) -> AdditionEvaluator:
     def eval_flow(batch: Any) -> Any:
         checked = verifier.eval_step(policy.eval_step(batch))
         return checked if judge is None else judge.eval_step(checked)
