@@ -1,9 +1,10 @@
 """Every shipped config loads, and passes `chatlearn check` for the devices that it is for."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from chatlearn.cli.main import main
 from chatlearn.config import load_config
@@ -18,11 +19,7 @@ RECIPES = {
 }
 
 
-def read_engine(path):
-    return (yaml.safe_load(path.read_text(encoding="utf-8")).get("runtime") or {}).get("engine")
-
-
-RUNNABLE = [path for path in CONFIGS if read_engine(path)]
+RUNNABLE = [path for path in CONFIGS if load_config(path).runtime.engine]
 
 
 def test_the_recipes_are_shipped():
@@ -65,3 +62,17 @@ def test_a_recipe_takes_paths_from_the_environment(name, monkeypatch):
     assert config.runtime.data_path == ("/data/prompts.jsonl",)
     assert config.models["policy_trainer"].load == "/data/policy"
     assert config.models["reference"].load == "/data/policy"
+
+
+def test_checking_megatron_models_loads_neither_megatron_nor_ray():
+    program = (
+        "import sys; from chatlearn.cli.main import main\n"
+        "code = main(['check', 'configs/ppo_7b_8gpu.yaml', '--assume-devices', '8'])\n"
+        "found = {'ray', 'megatron'} & set(sys.modules)\n"
+        "sys.exit(f'{code} {found}' if code or found else 0)\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
