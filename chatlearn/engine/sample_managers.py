@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupAdvantageManager", "PreferencePairManager"]
 
+_PAIR_COLUMNS = ("rewards", "prompt_token_ids", "response_token_ids", "ref_logprobs")
+
 
 class GroupAdvantageManager(RelaySampleManager):
     """Adds `advantages`: each sample's reward relative to the other samples of its prompt.
@@ -37,12 +39,7 @@ class GroupAdvantageManager(RelaySampleManager):
         from chatlearn.algorithms.advantages import compute_group_advantages
 
         rows = episodes[-1].buffer
-        for row in rows:
-            if "rewards" not in row:
-                raise DataError(
-                    "group advantages need the column `rewards`; the environment flow gave "
-                    f"{', '.join(map(str, row))}"
-                )
+        _check_columns(rows, ("rewards",), "group advantages")
         rewards = torch.tensor([float(row["rewards"]) for row in rows])
         groups = torch.tensor([row["row_id"].prompt for row in rows])
         advantages = compute_group_advantages(rewards, groups, normalization=self.normalization)
@@ -59,6 +56,7 @@ class PreferencePairManager(RelaySampleManager):
     def __call__(self, episodes: Sequence[EpisodeRelayBuffer]) -> list[dict[str, Any]]:
         """One row per prompt with `chosen_*` and `rejected_*` columns."""
         groups: dict[int, list[dict[str, Any]]] = {}
+        _check_columns(episodes[-1].buffer, _PAIR_COLUMNS, "preference pairs")
         for row in episodes[-1].buffer:
             groups.setdefault(row["row_id"].prompt, []).append(row)
         pairs: list[dict[str, Any]] = []
@@ -73,6 +71,16 @@ class PreferencePairManager(RelaySampleManager):
             )
         self.log_metrics({"kept_pairs": len(pairs) / len(groups)})
         return pairs
+
+
+def _check_columns(rows: Sequence[dict[str, Any]], needed: Sequence[str], what: str) -> None:
+    for row in rows:
+        for key in needed:
+            if key not in row:
+                raise DataError(
+                    f"{what} need the column `{key}`; the environment flow gave "
+                    f"{', '.join(map(str, row))}"
+                )
 
 
 def _build_pair(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
