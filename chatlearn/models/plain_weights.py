@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,9 @@ def save_state(path: Path, model: Any, optimizer: Any, iteration: int) -> None:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        # What the folder itself raises here must not hide the error above.
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def load_state(path: Path, model: Any, optimizer: Any, device: torch.device) -> None:
