@@ -24,9 +24,9 @@ def learn(ray_cluster, tmp_path):
 def learn_locally(tmp_path):
     """Like `learn`, in this process."""
 
-    def run(engine, **runtime):
+    def run(engine, models=None, **runtime):
         settings = {"output_dir": str(tmp_path), "backend": "local", "enable_tensorboard": False}
-        chatlearn.init({"runtime": {**settings, **runtime}})
+        chatlearn.init({"models": models or {}, "runtime": {**settings, **runtime}})
         return engine.learn()
 
     return run

@@ -1,5 +1,7 @@
 """The programs of the user guide, as a user writes them."""
 
+# ruff: noqa: RET504 - the guide assigns before it returns
+
 from __future__ import annotations
 
 import pytest
@@ -74,12 +76,12 @@ class CustomEngine(Engine):
 
 
 @pytest.fixture
-def _no_init(monkeypatch, tmp_path, ray_cluster):
+def no_init(monkeypatch, tmp_path, ray_cluster):
     monkeypatch.setattr(state._STATE, "config", None)
     monkeypatch.chdir(tmp_path)
 
 
-def test_custom_engine_learns_without_init(_no_init, tmp_path):
+def test_custom_engine_learns_without_init(no_init, tmp_path):
     reference = PolicyReference("reference")
     ppo_policy = PolicyTrainer("policy_trainer")
 
@@ -95,7 +97,7 @@ def test_custom_engine_learns_without_init(_no_init, tmp_path):
     assert result.rollouts == []
 
 
-def test_custom_engine_takes_an_evaluator_afterwards(_no_init):
+def test_custom_engine_takes_an_evaluator_afterwards(no_init):
     reference = PolicyReference("reference")
     ppo_policy = PolicyTrainer("policy_trainer")
 

@@ -23,7 +23,7 @@ class Sampler(BaseModule):
             "prompt": data["prompt"],
             "sample": [row_id.sample for row_id in self.row_ids],
             "answer": [2 * int(x) for x in data["prompt"]],
-            "weight": [float(self.model.weight.sum())] * count,
+            "weight": [self.model.weight.sum().item()] * count,
             "replica": [self.replica_id] * count,
             "rows": [count] * count,
         }

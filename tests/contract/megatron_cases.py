@@ -1,0 +1,186 @@
+"""What the ranks of a Megatron world do in the contract tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatlearn.config import load_config
+from chatlearn.data.rows import RowId
+from chatlearn.data.stream import cut_batch
+from chatlearn.parallel.context import WorkerContext
+from chatlearn.parallel.layout import ParallelLayout
+from megatron_adapters import PolicyInference, PolicyReference, PolicyTrainer, ValueTrainer
+
+SHAPE = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 4,
+    "vocab_size": 37,
+    "max_sequence_length": 24,
+    "lr": 0.01,
+    "weight_decay": 0.0,
+    "clip_grad": 1.0,
+}
+KINDS = {
+    "policy": PolicyInference,
+    "reference": PolicyReference,
+    "trainer": PolicyTrainer,
+    "value": ValueTrainer,
+}
+_NOT_MEGATRON = ("generation", "load")
+
+
+def layout_of(fields, world_size) -> ParallelLayout:
+    tp = fields.get("tensor_model_parallel_size", 1)
+    pp = fields.get("pipeline_model_parallel_size", 1)
+    vpp = fields.get("virtual_pipeline_model_parallel_size") or 1
+    return ParallelLayout(
+        tp_size=tp,
+        pp_size=pp,
+        dp_size=world_size // (tp * pp),
+        vpp_size=vpp,
+        etp_size=fields.get("expert_tensor_parallel_size"),
+    )
+
+
+def build_module(rank, kind, fields, *, seed=7, runtime=None):
+    """A module of this rank, set up as the engine does it."""
+    world_size = torch.distributed.get_world_size()
+    config = load_config(
+        {
+            "models": {"m": {**SHAPE, **fields}},
+            "runtime": {"seed": seed, "tokenizer": None, **(runtime or {})},
+        }
+    )
+    module = KINDS[kind]("m")
+    context = WorkerContext(
+        model_name="m",
+        module=module,
+        replica=0,
+        rank=rank,
+        layout=layout_of(fields, world_size),
+        device=torch.device("cpu"),
+        data_parallel_group=None,
+        host="127.0.0.1",
+        node_id="node",
+        process_id=0,
+        timeout_s=60.0,
+    )
+    module.attach(context, config.model("m"), config.runtime, Path("."))
+    module.initialize()
+    module.setup()
+    return module
+
+
+def make_rows(count, seed=0):
+    """Prompts and responses of uneven lengths, with what PPO needs."""
+    draw = torch.Generator().manual_seed(seed)
+    rows: list[dict[str, Any]] = []
+    for _ in range(count):
+        prompt, length = (int(torch.randint(2, 8, (), generator=draw)) for _ in range(2))
+        rows.append(
+            {
+                "prompt_token_ids": torch.randint(3, 37, (prompt,), generator=draw),
+                "response_token_ids": torch.randint(3, 37, (length,), generator=draw),
+                "rollout_logprobs": -3.6 + 0.1 * torch.randn(length, generator=draw),
+                "ref_logprobs": -3.6 + 0.1 * torch.randn(length, generator=draw),
+                "values": 0.1 * torch.randn(length, generator=draw),
+                "rewards": torch.randn((), generator=draw),
+            }
+        )
+    return rows
+
+
+def lane_batches(module, rows, keys, micro_batch_size=2):
+    """This rank's micro-batches, cut as the flow cuts them, and their row ids."""
+    ids = [RowId(number, 0) for number in range(len(rows))]
+    lane = cut_batch(ids, module.data_parallel_size, micro_batch_size)[module.data_parallel_rank]
+    data = [{key: [rows[i.prompt][key] for i in part] for key in keys} for part in lane]
+    return data, [list(part) for part in lane]
+
+
+SFT = ("prompt_token_ids", "response_token_ids")
+PPO = (*SFT, "rollout_logprobs", "ref_logprobs", "values", "rewards")
+
+
+def train_supervised(rank, fields, num_steps=2, micro_batch_size=2):
+    """Loss and gradient norm of a few supervised steps."""
+    module = build_module(rank, "trainer", fields)
+    data, _ = lane_batches(module, make_rows(7), SFT, micro_batch_size)
+    steps = [module.train_step(data) for _ in range(num_steps)]
+    return [(step["loss"], step["grad_norm"]) for step in steps]
+
+
+def train_ppo(rank, fields, kind="trainer"):
+    """Metrics of the first and second update of one episode, in debug mode."""
+    runtime = {"debug": True, "algorithm": {"entropy_coef": 0.01}}
+    module = build_module(rank, kind, fields, runtime=runtime)
+    data, ids = lane_batches(module, make_rows(7), PPO)
+    if kind == "trainer":
+        module.row_ids = [ids]
+        module.prepare_episode([data])
+    module.row_ids = ids
+    return [module.train_step(data) for _ in range(2)]
+
+
+def score(rank, fields, rows, **options):
+    """Log-probabilities of the responses by a full forward."""
+    module = build_module(rank, "reference", fields, **options)
+    module.row_ids = [RowId(number, 0) for number in range(len(rows))]
+    data = {key: [row[key] for row in rows] for key in SFT}
+    found = module.forward_step(data)["ref_logprobs"]
+    return [values.tolist() for values in found]
+
+
+def generate(rank, fields, prompts, **options):
+    """Tokens and the log-probabilities that the sampler reports."""
+    module = build_module(rank, "policy", fields, **options)
+    module.row_ids = [RowId(number, 0) for number in range(len(prompts))]
+    found = module.forward_step({"prompt_token_ids": prompts})
+    tokens = [ids.tolist() for ids in found["response_token_ids"]]
+    return tokens, [values.tolist() for values in found["rollout_logprobs"]]
+
+
+def export_weights(rank, fields, seed):
+    """Description and content of this rank's weights."""
+    module = build_module(rank, "reference", fields, seed=seed)
+    tensors = {name: tensor.clone() for name, tensor in module.weight_tensors().items()}
+    return module.weight_shards(), tensors
+
+
+def train_and_save(rank, fields, folder):
+    """Train, save, go on: what the steps after the save gave."""
+    module = build_module(rank, "trainer", fields)
+    data, _ = lane_batches(module, make_rows(7), SFT)
+    for _ in range(2):
+        module.train_step(data)
+    module.checkpoint_dir = Path(folder)
+    module.save_checkpoint(2)
+    steps = [module.train_step(data) for _ in range(2)]
+    return [(step["loss"], step["grad_norm"]) for step in steps]
+
+
+def resume(rank, fields, folder):
+    """Load weights, optimizer and schedule, and go on."""
+    from megatron_adapters.checkpointing import load_training
+
+    module = build_module(rank, "trainer", fields, seed=11)
+    iteration = load_training(folder, module.state)
+    data, _ = lane_batches(module, make_rows(7), SFT)
+    steps = [module.train_step(data) for _ in range(2)]
+    return iteration, [(step["loss"], step["grad_norm"]) for step in steps]
+
+
+def load_critic(rank, fields, folder):
+    """A critic that starts from a policy: its head is zero, the rest is the policy's."""
+    module = build_module(rank, "value", fields, seed=11)
+    module.load_checkpoint(folder)
+    names = module.weight_tensors()
+    heads = [tensor for name, tensor in names.items() if "output_layer" in name]
+    body = [tensor for name, tensor in names.items() if "final_layernorm" in name]
+    return [bool((head == 0).all()) for head in heads], [t.tolist() for t in body]

@@ -1,0 +1,82 @@
+"""A pool of processes that form gloo worlds of any size up to its own, one after another.
+
+Megatron is imported once per process; each world sets up and takes down its own groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+_TIMEOUT_S = 120
+
+
+class RankPool:
+    """Runs `function(rank, *args)` on the first `world_size` processes at once."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = folder
+        self._numbers = itertools.count()
+        self._ends = []
+        self._processes = []
+        for rank in range(size):
+            own, other = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, other), daemon=True)
+            process.start()
+            self._ends.append(own)
+            self._processes.append(process)
+
+    def run(self, world_size, function, *args):
+        """The results by rank; a rank's exception is raised here with its traceback."""
+        store = str(self._folder / f"world{next(self._numbers)}")
+        for end in self._ends[:world_size]:
+            end.send((store, world_size, function, args))
+        results, failures = [], []
+        for rank, end in enumerate(self._ends[:world_size]):
+            if not end.poll(_TIMEOUT_S):
+                raise TimeoutError(f"rank {rank} of {world_size} does not answer; {failures}")
+            is_good, value = end.recv()
+            (results if is_good else failures).append(value)
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(10)
+
+
+def _serve(rank, end) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            store, world_size, function, args = end.recv()
+        except EOFError:
+            return
+        try:
+            end.send((True, _run_in_world(store, rank, world_size, function, args)))
+        except Exception:  # noqa: BLE001 - handed to the test
+            end.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+
+
+def _run_in_world(path, rank, world_size, function, args):
+    import torch.distributed as dist
+
+    store = dist.FileStore(path, world_size)
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        return function(rank, *args)
+    finally:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""Generation with a cache says the same as a full forward, in every layout and company."""
+
+import megatron_cases as cases
+import pytest
+import torch
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+LAYOUTS = {"one": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "tp2-pp2": (4, {**TP2, **PP2})}
+SAMPLING = {"temperature": 0.8, "max_new_tokens": 9, "num_slots": 8, "stop_token_ids": [5]}
+
+
+def make_prompts(count=6):
+    return [row["prompt_token_ids"] for row in cases.make_rows(count, seed=3)]
+
+
+def generate(ranks, name, **changes):
+    world_size, fields = LAYOUTS[name]
+    options = {**SAMPLING, **changes.pop("generation", {})}
+    every = ranks.run(
+        world_size, cases.generate, {**fields, **changes, "generation": options}, make_prompts()
+    )
+    assert all(tokens == every[0][0] for tokens, _ in every)
+    return every[0]
+
+
+def as_rows(tokens, temperature=0.8):
+    return [
+        {"prompt_token_ids": prompt, "response_token_ids": torch.tensor(ids)}
+        for prompt, ids in zip(make_prompts(), tokens, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_reported_logprobs_are_those_of_a_full_forward(ranks, name):
+    tokens, logprobs = generate(ranks, name, generation={"temperature": 1.0})
+    full = ranks.run(1, cases.score, {}, as_rows(tokens))[0]
+    for reported, scored in zip(logprobs, full, strict=True):
+        assert reported == pytest.approx(scored, abs=1e-4)
+
+
+def test_reported_logprobs_are_those_of_a_full_forward_in_bf16(ranks):
+    tokens, logprobs = generate(ranks, "one", bf16=True, generation={"temperature": 1.0})
+    full = ranks.run(1, cases.score, {"bf16": True}, as_rows(tokens))[0]
+    for reported, scored in zip(logprobs, full, strict=True):
+        assert reported == pytest.approx(scored, abs=2e-2)
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2", "tp2-pp2"])
+def test_every_layout_samples_the_same_tokens(ranks, name):
+    tokens, logprobs = generate(ranks, name)
+    expected_tokens, expected_logprobs = generate(ranks, "one")
+    assert tokens == expected_tokens
+    for found, wanted in zip(logprobs, expected_logprobs, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_company(ranks):
+    crowded, crowded_logprobs = generate(ranks, "one")
+    narrow, narrow_logprobs = generate(ranks, "one", generation={"num_slots": 2})
+    assert narrow == crowded
+    for found, wanted in zip(narrow_logprobs, crowded_logprobs, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_responses_end_at_a_stop_token_or_at_the_limit(ranks):
+    tokens, _ = generate(ranks, "one")
+    assert all(ids[-1] == 5 or len(ids) == 9 for ids in tokens)
+    assert all(5 not in ids[:-1] for ids in tokens)

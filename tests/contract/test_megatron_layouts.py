@@ -1,0 +1,87 @@
+"""One batch gives one loss and one gradient norm, however the model is cut."""
+
+import megatron_cases as cases
+import pytest
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+SP = {**TP2, "sequence_parallel": True}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+TIED = {"untie_embeddings_and_output_weights": False}
+LAYOUTS = {
+    "tp2": (2, TP2),
+    "tp4": (4, {"tensor_model_parallel_size": 4}),
+    "pp2": (2, PP2),
+    "pp2-vpp2": (2, VPP2),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}),
+    "dp2": (2, {}),
+    "dp2-distributed-optimizer": (2, DISTRIBUTED),
+    "tp2-sp": (2, SP),
+    "tp2-pp2": (4, {**TP2, **PP2}),
+    "tp2-pp2-sp": (4, {**SP, **PP2}),
+    "tp2-dp2-distributed-optimizer": (4, {**TP2, **DISTRIBUTED}),
+    "pp2-vpp2-dp2": (4, VPP2),
+    "recompute": (1, RECOMPUTE),
+    "tp2-recompute": (2, {**TP2, **RECOMPUTE}),
+}
+BF16_LAYOUTS = ["tp2", "pp2", "pp2-vpp2", "dp2-distributed-optimizer", "tp2-sp"]
+
+
+@pytest.fixture(scope="module")
+def expected(ranks):
+    return ranks.run(1, cases.train_supervised, {})[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_and_gradient_norm_are_those_of_one_rank(ranks, expected, name):
+    world_size, fields = LAYOUTS[name]
+    for first, second in ranks.run(world_size, cases.train_supervised, fields):
+        assert first == pytest.approx(expected[0], rel=1e-5)
+        # Adam's first step is close to a sign: it magnifies the rounding of tiny gradients.
+        assert second == pytest.approx(expected[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2", "tp2-pp2"])
+def test_tied_embeddings_are_the_same_in_every_layout(ranks, name):
+    reference = ranks.run(1, cases.train_supervised, TIED)[0]
+    world_size, fields = LAYOUTS[name]
+    for steps in ranks.run(world_size, cases.train_supervised, {**fields, **TIED}):
+        assert steps == [pytest.approx(step, rel=1e-5) for step in reference]
+
+
+@pytest.mark.parametrize("name", BF16_LAYOUTS)
+def test_bf16_agrees_to_a_hundredth(ranks, name):
+    reference = ranks.run(1, cases.train_supervised, {"bf16": True}, 1)[0]
+    world_size, fields = LAYOUTS[name]
+    for steps in ranks.run(world_size, cases.train_supervised, {**fields, "bf16": True}, 1):
+        assert steps == [pytest.approx(step, rel=1e-2) for step in reference]
+
+
+def test_the_loss_does_not_depend_on_the_micro_batches(ranks, expected):
+    """Megatron divides a reported loss in place by the number of micro-batches."""
+    steps = ranks.run(1, cases.train_supervised, {}, 2, 7)[0]
+    assert steps == [pytest.approx(step, rel=1e-5) for step in expected]
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2", "pp2-vpp2", "dp2", "tp2-sp", "tp2-pp2"])
+@pytest.mark.parametrize("kind", ["trainer", "value"])
+def test_ppo_does_not_depend_on_the_layout(ranks, name, kind):
+    reference = ranks.run(1, cases.train_ppo, {}, kind)[0]
+    world_size, fields = LAYOUTS[name]
+    for steps in ranks.run(world_size, cases.train_ppo, fields, kind):
+        for step, wanted in zip(steps, reference, strict=True):
+            assert step == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["recompute", "tp2", "pp2", "pp2-vpp2", "dp2"])
+def test_the_first_update_after_a_rollout_has_a_ratio_of_one(ranks, name):
+    world_size, fields = LAYOUTS[name]
+    first, second = ranks.run(world_size, cases.train_ppo, fields)[0]
+    assert first["update_kl"] == 0.0
+    assert second["update_kl"] > 1e-8
