@@ -8,7 +8,7 @@ import torch
 
 from chatlearn.errors import CheckpointError
 from megatron_adapters.model_building import unwrap
-from megatron_adapters.patches.adam_state import separate_steps
+from megatron_adapters.patches.adam_state import allocate_state, separate_steps
 from megatron_adapters.training import TrainingState
 
 __all__ = ["has_checkpoint", "load_training", "load_weights", "save_model"]
@@ -81,6 +81,11 @@ def load_training(folder: str, state: TrainingState) -> int:
     """
     chunks = state.chunks
     content = _weights(chunks)
+    inner = [
+        part.optimizer for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    ]
+    for optimizer in inner:
+        allocate_state(optimizer)
     content["optimizer"] = state.optimizer.sharded_state_dict(
         _weights(chunks), is_loading=True, metadata=_metadata()
     )
@@ -88,8 +93,8 @@ def load_training(folder: str, state: TrainingState) -> int:
     for number, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[_chunk_key(number, len(chunks))])
     state.optimizer.load_state_dict(loaded["optimizer"])
-    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
-        separate_steps(part.optimizer)
+    for optimizer in inner:
+        separate_steps(optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
     return int(loaded["iteration"])
 

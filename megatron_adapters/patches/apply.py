@@ -62,15 +62,24 @@ def apply_patches(device: torch.device) -> None:
             f"megatron-core {version} is installed; the adapters are written for 0.16: "
             "pip install 'megatron-core>=0.16.1,<0.17'"
         )
-    if device.type != "cpu" or getattr(core, _MARK, False):
+    if getattr(core, _MARK, False):
         return
-    from megatron_adapters.patches import cpu_moe, cpu_random, cpu_tensor_kind, cpu_torch
+    from megatron_adapters.patches import (
+        adam_state,
+        cpu_moe,
+        cpu_random,
+        cpu_tensor_kind,
+        cpu_torch,
+    )
 
+    core.__dict__[_MARK] = True
+    adam_state.apply()
+    if device.type != "cpu":
+        return
     cpu_tensor_kind.apply()
     cpu_random.apply()
     cpu_moe.apply()
     cpu_torch.apply()
-    core.__dict__[_MARK] = True
 
 
 def _leave_plain(function: Any = None, **_options: Any) -> Any:

@@ -1,9 +1,9 @@
 """Functions of Megatron that ask a tensor for its CUDA type, or move it to CUDA, on the CPU.
 
 Seen in megatron-core 0.16.1: gradient clipping and the mixed-precision optimizers compare
-`tensor.type()` with `torch.cuda.FloatTensor` and its like, and tied embeddings call
-`tensor.cuda()`. Within these functions, and only there, a CPU tensor gives the CUDA type's name and
-`cuda()` gives the tensor itself.
+`tensor.type()` with `torch.cuda.FloatTensor` and its like; tied embeddings and the distributed
+optimizer's checkpoint call `tensor.cuda()`. Within these functions, and only there, a CPU tensor
+gives the CUDA type's name and `cuda()` gives the tensor itself.
 """
 
 import functools
@@ -37,6 +37,9 @@ def apply() -> None:
     build = sharded._build_model_and_main_param_groups
     expect_source(build, "'torch.cuda.FloatTensor'", patch)
     sharded._build_model_and_main_param_groups = classmethod(_as_cuda(build.__func__))
+    gather = sharded.get_parameter_state_dp_zero
+    expect_source(gather, "send_tensor.cuda()", patch)
+    sharded.get_parameter_state_dp_zero = _as_cuda(gather)
 
     tie = LanguageModule.setup_embeddings_and_output_layer
     expect_source(tie, "weight.data.cuda()", patch)
