@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from chatlearn.data.rows import RowId
@@ -77,7 +78,9 @@ def identify_rows(rows: Sequence[Mapping[str, Any]]) -> dict[RowId, dict[str, An
     if not rows:
         raise DataError("the sample manager gave no rows: there is nothing to train on")
     found: dict[RowId, dict[str, Any]] = {}
-    fresh = 0
+    own_ids = (row.get("row_id") for row in rows if isinstance(row, Mapping))  # pyright: ignore[reportUnnecessaryIsInstance]
+    given = {row_id for row_id in own_ids if isinstance(row_id, tuple)}
+    fresh_ids = (RowId(-at, 0) for at in count(1))
     for row in rows:
         if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise DataError(
@@ -86,7 +89,6 @@ def identify_rows(rows: Sequence[Mapping[str, Any]]) -> dict[RowId, dict[str, An
         columns = {key: value for key, value in row.items() if key != "row_id"}
         row_id = row.get("row_id")
         if not isinstance(row_id, tuple) or row_id in found:
-            fresh -= 1
-            row_id = RowId(fresh, 0)
+            row_id = next(fresh for fresh in fresh_ids if fresh not in given)
         found[RowId(*row_id)] = columns
     return found
