@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatlearn.data.rows import RowId
 from chatlearn.errors import DataError
+
+if TYPE_CHECKING:
+    from chatlearn.config import RuntimeConfig
 
 __all__ = ["EpisodeRelayBuffer", "RelaySampleManager", "RelayStore", "identify_rows"]
 
@@ -34,6 +37,9 @@ class RelaySampleManager:
             episodes: the kept episodes, oldest first; the last is the current one.
         """
         return episodes[-1].buffer
+
+    def attach(self, runtime: RuntimeConfig) -> None:
+        """Take what it needs from the config's runtime section; called before the first episode."""
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Report numbers under `relay/`."""

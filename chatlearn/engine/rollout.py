@@ -44,6 +44,8 @@ class Rollout:
         self._log = log
         self._graph = flows.environment
         self._manager = engine.sample_manager
+        if isinstance(self._manager, RelaySampleManager):
+            self._manager.attach(self.runtime)
         self._relay = RelayStore(self.runtime.max_relay_episode, self.runtime.relay_episode_offset)
         first = graph.nodes[0].model_name
         self._prompts = PromptSource(session, first, "train", engine.datasets, is_eval=False)

@@ -13,6 +13,7 @@ from chatlearn.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from chatlearn.config import RuntimeConfig
     from chatlearn.data.relay import EpisodeRelayBuffer
 
 __all__ = ["GroupAdvantageManager", "PreferencePairManager"]
@@ -25,12 +26,18 @@ class GroupAdvantageManager(RelaySampleManager):
 
     Args:
         normalization: what the centred reward is divided by; see
-            `chatlearn.algorithms.advantages.compute_group_advantages`.
+            `chatlearn.algorithms.advantages.compute_group_advantages`. None: as
+            `runtime.algorithm.advantage_normalization` says.
     """
 
-    def __init__(self, normalization: str = "population_std") -> None:
+    def __init__(self, normalization: str | None = None) -> None:
         super().__init__()
         self.normalization = normalization
+
+    def attach(self, runtime: RuntimeConfig) -> None:
+        """Take the normalization from the config, unless it was given."""
+        if self.normalization is None:
+            self.normalization = runtime.algorithm.advantage_normalization
 
     def __call__(self, episodes: Sequence[EpisodeRelayBuffer]) -> list[dict[str, Any]]:
         """Rows of the newest episode with their advantages (scalar float32 tensors)."""
@@ -42,7 +49,8 @@ class GroupAdvantageManager(RelaySampleManager):
         _check_columns(rows, ("rewards",), "group advantages")
         rewards = torch.tensor([float(row["rewards"]) for row in rows])
         groups = torch.tensor([row["row_id"].prompt for row in rows])
-        advantages = compute_group_advantages(rewards, groups, normalization=self.normalization)
+        normalization = self.normalization or "population_std"
+        advantages = compute_group_advantages(rewards, groups, normalization=normalization)
         return [{**row, "advantages": value} for row, value in zip(rows, advantages, strict=True)]
 
 

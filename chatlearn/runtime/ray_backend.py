@@ -112,7 +112,7 @@ class RayBackend:
         else:
             ray_cluster.start_cluster(environment)
         slots = create_groups(placement, self._placement_groups, timeout_s)
-        threads = self._threads_per_worker(placement)
+        threads = _threads_per_worker(placement)
         for place in placement.places:
             self._actors.append(_Actor(self._create(place, slots[place], threads), place))
         return self._connect(specs, config)
@@ -313,10 +313,6 @@ class RayBackend:
                 raise describe_failure(error, summary, "") from error
         return results
 
-    def _threads_per_worker(self, placement: PlacementPlan) -> int:
-        workers_per_node = max(1, len(placement.places) // placement.num_nodes)
-        return max(1, (os.cpu_count() or 1) // workers_per_node)
-
     def _ready_watches(self) -> list[Any]:
         import ray
 
@@ -360,6 +356,11 @@ class RayBackend:
             return first
         time.sleep(_GRACE_S)
         return pick_cause([first, *self._failures(self._ready_watches(), {})])
+
+
+def _threads_per_worker(placement: PlacementPlan) -> int:
+    workers_per_node = max(1, len(placement.places) // placement.num_nodes)
+    return max(1, (os.cpu_count() or 1) // workers_per_node)
 
 
 def _label(worker: WorkerSummary) -> str:

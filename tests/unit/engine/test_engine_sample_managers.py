@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from chatlearn.config.schema import AlgorithmConfig, RuntimeConfig
 from chatlearn.data.relay import EpisodeRelayBuffer
 from chatlearn.data.rows import RowId
 from chatlearn.engine.sample_managers import GroupAdvantageManager, PreferencePairManager
@@ -38,6 +39,16 @@ def test_groups_follow_the_prompt_in_whatever_order_rows_come():
     shuffled = EpisodeRelayBuffer(0, [buffer[at] for at in (3, 0, 2, 1)])
     rows = GroupAdvantageManager("none")([shuffled])
     assert [float(row["advantages"]) for row in rows] == [4.0, -1.0, -4.0, 1.0]
+
+
+def test_the_config_chooses_the_normalization_unless_the_program_does():
+    runtime = RuntimeConfig(algorithm=AlgorithmConfig(advantage_normalization="leave_one_out"))
+    by_config, by_program = GroupAdvantageManager(), GroupAdvantageManager("none")
+    by_config.attach(runtime)
+    by_program.attach(runtime)
+    samples = [episode([0.0, 0.0, 3.0])]
+    assert [float(row["advantages"]) for row in by_config(samples)] == [-1.5, -1.5, 3.0]
+    assert [float(row["advantages"]) for row in by_program(samples)] == [-1.0, -1.0, 2.0]
 
 
 def test_group_advantages_need_rewards():
