@@ -51,6 +51,9 @@ def initialize_parallel_state(layout: ParallelLayout, device: torch.device, seed
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if mpu.is_initialized() and not _has_live_groups():
+        # An earlier run of this process has closed its world.
+        mpu.destroy_model_parallel()
     if not mpu.is_initialized():
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp_size,
@@ -71,6 +74,16 @@ def initialize_parallel_state(layout: ParallelLayout, device: torch.device, seed
     at = read_groups(layout).coordinates
     if at != expected:
         raise ChatLearnError(f"Megatron places this rank at {at}, the layout at {expected}")
+
+
+def _has_live_groups() -> bool:
+    from megatron.core import parallel_state as mpu
+
+    try:
+        mpu.get_pipeline_model_parallel_rank()
+    except ValueError:
+        return False
+    return True
 
 
 def read_layout() -> ParallelLayout:

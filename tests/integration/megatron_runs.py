@@ -1,0 +1,64 @@
+"""Configs of tiny Megatron runs, from YAML-like content alone."""
+
+from __future__ import annotations
+
+import torch
+
+from chatlearn import BaseModule
+
+SHAPE = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "ffn_hidden_size": 32,
+    "num_attention_heads": 2,
+    "vocab_size": 23,
+    "max_sequence_length": 16,
+    "lr": 1e-3,
+}
+GENERATION = {"max_new_tokens": 5, "num_slots": 8, "stop_token_ids": [2]}
+KINDS = {
+    "policy": "PolicyInference",
+    "reference": "PolicyReference",
+    "value": "ValueInference",
+    "policy_trainer": "PolicyTrainer",
+    "value_trainer": "ValueTrainer",
+}
+
+
+class LengthReward(BaseModule):
+    """Likes short responses."""
+
+    def forward_step(self, data):
+        lengths = [len(ids) for ids in data["response_token_ids"]]
+        return {**data, "rewards": -torch.tensor(lengths, dtype=torch.float32)}
+
+    def eval_step(self, data):
+        return self.forward_step(data)
+
+
+def prompts(count):
+    return [{"prompt_token_ids": [3 + i % 20, 4 + i % 7, 5]} for i in range(count)]
+
+
+def pairs(count):
+    return [
+        {
+            "prompt_token_ids": [3 + i % 20, 4],
+            "chosen_token_ids": [5, 6, 2],
+            "rejected_token_ids": [7, 2],
+        }
+        for i in range(count)
+    ]
+
+
+def config(engine, names, runtime, **models):
+    """A whole config: the named Megatron models, then what `models` adds to them."""
+    content = {name: {"module": f"megatron_adapters:{KINDS[name]}", **SHAPE} for name in names}
+    if "policy" in content:
+        content["policy"]["generation"] = GENERATION
+    for name, section in models.items():
+        content[name] = {**content.get(name, {}), **section}
+    return {"models": content, "runtime": {"engine": engine, "seed": 3, **runtime}}
+
+
+REWARD = {"module": "megatron_runs:LengthReward", "num_gpu": 0, "num_cpu": 1}

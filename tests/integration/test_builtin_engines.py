@@ -1,0 +1,83 @@
+"""Every built-in engine over real Megatron modules, in one process, from a config alone."""
+
+import megatron_runs as runs
+import pytest
+
+import chatlearn
+from chatlearn.engine.from_config import build_engine
+
+LOCAL_REWARD = {"module": "megatron_runs:LengthReward"}
+
+
+def learn(tmp_path, content, dataset, eval_dataset=None):
+    content["runtime"] |= {"backend": "local", "output_dir": str(tmp_path), "debug": True}
+    content["runtime"].setdefault("train_micro_batch_size", 4)
+    engine = build_engine(chatlearn.init(content)).set_dataset(dataset)
+    if eval_dataset is not None:
+        engine.evaluator.set_dataset(eval_dataset)
+    return engine.learn()
+
+
+def test_ppo_reports_what_a_user_watches(tmp_path):
+    names = ("policy", "reference", "value", "policy_trainer", "value_trainer")
+    runtime = {
+        "num_episode": 2,
+        "sample_per_episode": 8,
+        "train_global_batch_size": 4,
+        "num_training_epoch": 2,
+        "validate_param_sync": True,
+    }
+    content = runs.config("rlhf", names, runtime, reward=LOCAL_REWARD)
+    result = learn(tmp_path, content, runs.prompts(10), runs.prompts(5))
+    last = result.metrics[-1]
+    assert len(result.metrics) == 2
+    for name in ("kl", "clip_fraction", "entropy", "logprob_gap", "grad_norm"):
+        assert f"train/policy_trainer/{name}" in last
+    assert "train/value_trainer/explained_variance" in last
+    assert last["rollout/response_length"] >= 1
+    assert last["rollout/reward"] == -last["rollout/response_length"]
+    assert last["rollout/tokens_per_s"] > 0
+    assert len(result.evaluation["reward"]) == 5
+
+
+def test_grpo_trains_on_group_advantages(tmp_path):
+    runtime = {"sample_per_episode": 3, "num_samples_per_prompt": 4, "num_episode": 2}
+    names = ("policy", "reference", "policy_trainer")
+    content = runs.config("grpo", names, runtime, reward=LOCAL_REWARD)
+    result = learn(tmp_path, content, runs.prompts(6))
+    assert result.metrics[-1]["train/policy_trainer/num_tokens"] > 0
+    assert result.metrics[0]["train/policy_trainer/update_kl"] == 0.0
+
+
+def test_grpo_refuses_a_kl_in_the_reward(tmp_path):
+    runtime = {"sample_per_episode": 2, "algorithm": {"kl_in": "reward"}}
+    names = ("policy", "reference", "policy_trainer")
+    content = runs.config("grpo", names, runtime, reward=LOCAL_REWARD)
+    with pytest.raises(chatlearn.errors.ChatLearnError, match="use kl_in: loss"):
+        learn(tmp_path, content, runs.prompts(4))
+
+
+def test_dpo_learns_to_prefer_the_chosen_responses(tmp_path):
+    runtime = {"num_episode": 8, "train_global_batch_size": 8}
+    content = runs.config("dpo", ("reference", "policy_trainer"), runtime)
+    result = learn(tmp_path, content, runs.pairs(8))
+    losses = [entry["train/policy_trainer/loss"] for entry in result.metrics]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < losses[0]
+    assert result.metrics[-1]["train/policy_trainer/accuracy"] == 1.0
+
+
+def test_online_dpo_makes_pairs_of_its_own_samples(tmp_path):
+    runtime = {"sample_per_episode": 6, "num_samples_per_prompt": 4}
+    names = ("policy", "reference", "policy_trainer")
+    content = runs.config("online_dpo", names, runtime, reward=LOCAL_REWARD)
+    result = learn(tmp_path, content, runs.prompts(6))
+    assert 0 < result.metrics[0]["relay/kept_pairs"] <= 1
+    assert result.metrics[0]["train/policy_trainer/num_pairs"] <= 6
+
+
+def test_eval_runs_each_model_over_what_the_one_before_gave(tmp_path):
+    content = runs.config("eval", ("policy",), {}, reward=LOCAL_REWARD)
+    result = learn(tmp_path, content, runs.prompts(7))
+    assert len(result.evaluation["reward"]) == 7
+    assert "eval/reward" in result.metrics[-1]
