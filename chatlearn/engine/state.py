@@ -31,9 +31,10 @@ def init(
 ) -> Config:
     """Choose the configuration of the runs that follow in this process; optional.
 
-    Under torchrun (`RANK` and `WORLD_SIZE` are set) it also builds the Ray cluster: one worker
-    per node joins it, global rank 0 goes on as the driver, and every other process stays in here
-    until the driver ends, then exits with its exit code.
+    Under torchrun it also builds the Ray cluster, so call it before anything else: every process
+    that torchrun started stays in here, runs Ray for its node, and exits with the driver's exit
+    code. The driver is the same command, which global rank 0 starts once more with the cluster
+    in `RAY_ADDRESS`.
 
     Args:
         config: a YAML file, or its content as a mapping; None: `$CHATLEARN_CONFIG`, else the

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
     from chatlearn.config import Config
 
-__all__ = ["LaunchPlace", "join_torchrun_cluster", "launch", "read_script_place"]
+__all__ = [
+    "DriverWatch",
+    "LaunchPlace",
+    "join_torchrun_cluster",
+    "launch",
+    "read_script_place",
+    "read_torchrun_place",
+]
 
 _TICK_S = 0.2
 _LEAVE_S = 30.0
@@ -175,7 +182,7 @@ def _drive(
         address = f"{place.host}:{ray_port}"
         listener.start(address)
         extra = {"RAY_ADDRESS": address, "CHATLEARN_NUM_NODES": str(place.num_nodes)}
-        code = _Driver(start_child(command, extra), head, listener, signals).wait()
+        code = DriverWatch(start_child(command, extra), head, listener, signals).wait()
     except _StoppedError as stop:
         code = 128 + stop.number
     finally:
@@ -185,8 +192,15 @@ def _drive(
     return code
 
 
-class _Driver:
-    """Watches the driver, and the cluster under it."""
+class DriverWatch:
+    """Watches the driver, and the cluster under it.
+
+    Args:
+        process: the driver.
+        head: Ray on this node.
+        listener: where the other nodes are heard.
+        signals: what this process received, to be forwarded.
+    """
 
     def __init__(
         self,
@@ -201,6 +215,7 @@ class _Driver:
         self._signals = signals
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
+        self._is_ended_by_us = False
 
     def wait(self) -> int:
         """Until the driver has ended; gives its exit code."""
@@ -209,6 +224,8 @@ class _Driver:
             self._watch_cluster()
             self._keep_deadlines()
             time.sleep(_TICK_S)
+        if self._is_ended_by_us:
+            return 1
         code = self._process.returncode
         return code if code >= 0 else 128 - code
 
@@ -237,6 +254,7 @@ class _Driver:
         if self._kill_at is None and self._terminate_at is not None and now > self._terminate_at:
             _say("the cluster lost a node: ending the driver")
             self._process.terminate()
+            self._is_ended_by_us = True
             self._kill_at = now + _DRIVER_END_S
         if self._kill_at is not None and now > self._kill_at:
             _say(f"the driver did not end within {_DRIVER_END_S:g} s: killing it")

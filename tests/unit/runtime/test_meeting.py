@@ -4,7 +4,6 @@ import threading
 import pytest
 
 from chatlearn.errors import PlacementError
-from chatlearn.runtime.launch import LaunchPlace, read_script_place, read_torchrun_place
 from chatlearn.runtime.meeting import NodeLink, NodesListener, listen
 
 TOKEN = b"a shared secret"
@@ -86,21 +85,3 @@ def test_a_program_that_is_no_launcher_is_named_by_its_port():
 def test_a_port_in_use_names_the_port(port):
     with listen(port), pytest.raises(PlacementError, match=f"port {port} of this machine is in"):
         listen(port)
-
-
-def test_the_script_takes_rank_and_world_size_where_node_rank_is_missing():
-    environment = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "head", "MASTER_PORT": "7000"}
-    assert read_script_place(environment) == LaunchPlace(1, 4, 0, 4, "head", 7000)
-
-
-def test_torchrun_keeps_its_own_port():
-    environment = {
-        "GROUP_RANK": "1",
-        "GROUP_WORLD_SIZE": "2",
-        "LOCAL_RANK": "3",
-        "WORLD_SIZE": "8",
-        "MASTER_ADDR": "head",
-        "MASTER_PORT": "29500",
-    }
-    assert read_torchrun_place(environment) == LaunchPlace(1, 2, 3, 8, "head", 29501)
-    assert read_torchrun_place(environment | {"CHATLEARN_PORT": "7000"}).port == 7000
