@@ -85,6 +85,7 @@ def start_cluster(environment: dict[str, Any] | None) -> None:
 
     free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
     ray.init(
+        address="local",  # or Ray would join any cluster that it finds running on this machine
         include_dashboard=False,
         configure_logging=False,
         log_to_driver=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from toy_modules import Sampler, Scorer, Trainer, read_notes
 
@@ -115,22 +117,23 @@ def test_an_empty_data_set_is_refused_when_it_is_set():
 
 
 def test_a_flow_without_a_model_is_refused(learn_locally):
-    with pytest.raises(FlowError, match="environment flow calls no model"):
-        learn_locally(Engine(Environment(lambda b: b)).set_dataset([1]))
+    with pytest.raises(FlowError, match="calls no model: call a method of a module"):
+        learn_locally(Engine(Environment(lambda _batch: None)).set_dataset([1]))
 
 
-def test_a_cycle_of_control_dependencies_is_refused_at_its_line(learn_locally):
-    sampler, scorer = Sampler("sampler"), Scorer("scorer")
+def test_control_dependencies_order_calls_that_share_no_data(learn_locally):
+    first, second = Trainer("first"), Trainer("second")
 
-    def env_flow(batch):
-        answers = sampler.forward_step(batch)
-        scores = scorer.forward_step(answers)
-        with chatlearn.ControlDependencies(answers, scores):
-            pass
-        return scores
+    def trainer_flow(batch):
+        done = first.train_step(batch)
+        with chatlearn.ControlDependencies(done):
+            second.train_step(batch)
 
-    with pytest.raises(FlowError, match="cycle"):
-        learn_locally(Engine(Environment(env_flow)).set_dataset([1]))
+    result = learn_locally(Engine(None, TrainerFlow(trainer_flow)).set_dataset([1, 2]))
+    spans = json.loads((result.run_dir / "timeline.json").read_text())["traceEvents"]
+    train = [s for s in spans if s.get("ph") == "X" and "train_step" in s["name"]]
+    assert len(train) == 2
+    assert train[0]["ts"] + train[0]["dur"] <= train[1]["ts"]
 
 
 def test_methods_of_users_own_and_hooks_are_called(learn_locally):
