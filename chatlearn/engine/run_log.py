@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from chatlearn.config import dump_config
-from chatlearn.metrics.progress import ProgressDisplay, open_progress
+from chatlearn.metrics.progress import ProgressDisplay, format_evaluation, open_progress
 from chatlearn.metrics.run_folder import RunFolder
 from chatlearn.metrics.timeline import Timeline
 from chatlearn.metrics.writers import (
@@ -68,10 +68,9 @@ class RunLog:
         self.progress.episode(episode, num_episodes, metrics)
 
     def write_extra(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of something before or between episodes."""
+        """Metrics of the evaluation before training."""
         self.metrics.write(step, metrics)
-        shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        self.progress.message("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        self.progress.message("  ".join(["before training", *format_evaluation(metrics)]))
 
     def add_spans(self, records: Iterable[StageRecord]) -> None:
         """Put finished calls on the timeline."""

@@ -13,7 +13,6 @@ __all__ = ["PlainProgress", "ProgressDisplay", "TerminalProgress", "open_progres
 
 _SHOWN = {
     "rollout/reward": "reward",
-    "eval/reward": "eval",
     "rollout/response_length": "length",
     "rollout/tokens_per_s": "tokens/s",
 }
@@ -106,12 +105,22 @@ def open_progress() -> ProgressDisplay:
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
 
 
+def format_evaluation(metrics: Mapping[str, float]) -> list[str]:
+    """What the evaluator computed, without what single models logged."""
+    return [
+        f"{name.replace('/', ' ')} {value:.4g}"
+        for name, value in metrics.items()
+        if name.startswith("eval/") and name.count("/") == 1
+    ]
+
+
 def format_episode(episode: int, num_episodes: int, metrics: Mapping[str, float]) -> str:
     """One line of an episode's metrics."""
     parts = [f"episode {episode + 1}/{num_episodes}"]
     for name, label in _SHOWN.items():
         if name in metrics:
             parts.append(f"{label} {metrics[name]:.4g}")
+    parts.extend(format_evaluation(metrics))
     for name, value in metrics.items():
         for ending, label in _SHOWN_ENDINGS.items():
             if name.startswith("train/") and name.endswith(ending):

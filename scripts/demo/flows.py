@@ -42,8 +42,8 @@ class AdditionEvaluator(Evaluator):
         del eval_info
         rows = next(iter(results.values()))
         metrics = {"exact_match": _mean(rows, "exact_match")}
-        if "rewards" in rows[0]:
-            metrics["reward"] = _mean(rows, "rewards")
+        if "reward_score" in rows[0]:
+            metrics["reward"] = _mean(rows, "reward_score")
         return metrics
 
 

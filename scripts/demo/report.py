@@ -36,6 +36,11 @@ def write_report(
         "exact_match_before": curve[0][1],
         "exact_match_after": curve[-1][1],
         "exact_match_by_episode": dict(curve),
+        "reward_by_episode": {
+            int(entry["step"]): entry["eval/reward"]
+            for entry in result.metrics
+            if "eval/reward" in entry
+        },
         "num_held_out": len(held_out),
         "wall_s": round(wall_s, 1),
     }
@@ -56,7 +61,7 @@ def draw_curve(path: Path, metrics: Sequence[Mapping[str, float]], algo: str) ->
     lines = {
         "rollout/reward": ("reward of the samples", "C7", "."),
         "eval/exact_match": ("held-out exact match, sampled", "C0", "o"),
-        "eval/reward": ("reward model on held-out", "C1", "s"),
+        "eval/reward": ("reward model's score, held-out", "C1", "s"),
     }
     for name, (label, color, marker) in lines.items():
         points = [(entry["step"], entry[name]) for entry in metrics if name in entry]
@@ -72,12 +77,25 @@ def draw_curve(path: Path, metrics: Sequence[Mapping[str, float]], algo: str) ->
     return path
 
 
+def _format_table(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    """Each evaluation; with a reward model, its score beside the truth."""
+    has_model = summary["reward"] == "model"
+    lines = ["  episode  exact match" + ("  reward model's score" if has_model else "")]
+    for entry in metrics:
+        if "eval/exact_match" in entry:
+            line = f"  {entry['step']:7.0f}  {entry['eval/exact_match']:11.1%}"
+            lines.append(line + (f"  {entry['eval/reward']:20.3f}" if has_model else ""))
+    return lines
+
+
 def _print_summary(summary: Mapping[str, Any], result: RunResult, picture: Path) -> None:
     rows = next(iter(result.evaluation.values()))
     lines = [
         "",
         f"Held-out exact match, sampled at temperature 1, {summary['num_held_out']} problems:",
         f"  before {summary['exact_match_before']:.1%}   after {summary['exact_match_after']:.1%}",
+        "",
+        *_format_table(summary, result.metrics),
         "",
         "A few answers after training:",
     ]

@@ -40,6 +40,7 @@ class BoundedReward(RewardInference):
     """The reward model's number through a sigmoid, so that it compares with exact match."""
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Adds `rewards` in (0, 1)."""
+        """Adds `rewards` in (0, 1), also as `reward_score` to tell them from the rule's."""
         scored = super().forward_step(data)
-        return {**scored, "rewards": scored["rewards"].sigmoid()}
+        bounded = scored["rewards"].sigmoid()
+        return {**scored, "rewards": bounded, "reward_score": bounded}
