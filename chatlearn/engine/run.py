@@ -6,7 +6,6 @@ import logging
 import signal
 import threading
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.checkpoint.folders import RunState, begin_checkpoint, prune_checkpoints
@@ -24,10 +23,11 @@ from chatlearn.errors import ChatLearnError, DataError
 from chatlearn.sync.synchronizer import WeightSynchronizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from typing import Self
 
     from chatlearn.config import Config
     from chatlearn.engine.engine import Engine
+    from chatlearn.flow.call_loop import CallLoop
 
 __all__ = ["Terminated", "run_engine"]
 
@@ -46,14 +46,18 @@ def run_engine(engine: Engine, config: Config) -> RunResult:
         DataError: there is no data set where one is needed.
         Terminated: SIGTERM.
     """
-    plan = engine.plan(config)
-    if (engine.environment or engine.trainer) and not engine.datasets:
-        raise DataError("the engine has no data set: call set_dataset(prompts), or set data_path")
-    with RunLog.open(config) as log:
-        backend = _create_backend(config, log)
-        log.progress.stage("starting workers")
-        with Session.open(config, plan, log.folder.path, backend) as session, _on_sigterm(session):
-            return _Run(engine, session, log).execute()
+    with _SigtermWatch() as watch:
+        plan = engine.plan(config)
+        if (engine.environment or engine.trainer) and not engine.datasets:
+            raise DataError(
+                "the engine has no data set: call set_dataset(prompts), or set data_path"
+            )
+        with RunLog.open(config) as log:
+            backend = _create_backend(config, log)
+            log.progress.stage("starting workers")
+            with Session.open(config, plan, log.folder.path, backend) as session:
+                watch.loop = session.loop
+                return _Run(engine, session, log).execute()
 
 
 class _Run:
@@ -230,21 +234,32 @@ def _create_backend(config: Config, log: RunLog) -> Any:
     return RayBackend(log.folder.logs_dir)
 
 
-@contextmanager
-def _on_sigterm(session: Session) -> Iterator[None]:
-    """Let SIGTERM stop the loop at the next chance instead of ending the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class _SigtermWatch:
+    """Turns SIGTERM into `Terminated`: at once while workers start, then from within the loop.
 
-    def stop() -> None:
+    Attributes:
+        loop: the run's loop, once there is one; it is interrupted between two waits.
+    """
+
+    def __init__(self) -> None:
+        self.loop: CallLoop | None = None
+        self._previous: Any = None
+        self._is_main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Self:
+        if self._is_main:
+            self._previous = signal.signal(signal.SIGTERM, self._request_stop)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _request_stop(self, _number: int, _frame: object) -> None:
+        if self.loop is None:
+            self._stop()
+        else:
+            self.loop.interrupt = self._stop
+
+    def _stop(self) -> None:
         raise Terminated("terminated by SIGTERM")
-
-    def request_stop(_number: int, _frame: Any) -> None:
-        session.loop.interrupt = stop
-
-    previous = signal.signal(signal.SIGTERM, request_stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -60,7 +60,12 @@ class CallLoop:
 
     def detach(self, pump: Pump) -> None:
         """Stop asking `pump`."""
-        self._pumps.remove(pump)
+        if pump in self._pumps:
+            self._pumps.remove(pump)
+
+    def detach_all(self) -> None:
+        """Dispatch nothing more for anyone; calls that run may end."""
+        self._pumps.clear()
 
     def submit(self, calls: Sequence[PendingCall], on_done: Callable[[], None], what: str) -> None:
         """Watch calls that were just started; `on_done` runs when the last of them is done."""

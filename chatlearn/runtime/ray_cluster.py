@@ -13,13 +13,19 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import PlacementError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 __all__ = [
     "choose_object_store",
@@ -78,21 +84,33 @@ def choose_object_store(free_shm_bytes: int) -> dict[str, Any]:
     return {"object_store_memory": _STORE_BYTES, "_plasma_directory": tempfile.gettempdir()}
 
 
+@contextmanager
+def _kept_sigterm_handler() -> Generator[None]:
+    """Give SIGTERM back to who had it: `ray.init` (seen in 2.60) takes it for itself."""
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, previous)
+
+
 def start_cluster(environment: dict[str, Any] | None) -> None:
     """Start a Ray of one node for this process."""
     prepare_token()
     import ray
 
     free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
-    ray.init(
-        address="local",  # or Ray would join any cluster that it finds running on this machine
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env=environment,
-        **choose_object_store(free),
-    )
+    with _kept_sigterm_handler():
+        ray.init(
+            address="local",  # or Ray would join any cluster that runs on this machine
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=environment,
+            **choose_object_store(free),
+        )
 
 
 def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) -> None:
@@ -108,13 +126,14 @@ def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) ->
     address = os.environ["RAY_ADDRESS"]
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(timeout_s)))
     try:
-        ray.init(
-            address=address,
-            configure_logging=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=environment,
-        )
+        with _kept_sigterm_handler():
+            ray.init(
+                address=address,
+                configure_logging=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=environment,
+            )
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise PlacementError(
             f"no Ray cluster can be joined at RAY_ADDRESS={address}: {error}. Is it up, and is "

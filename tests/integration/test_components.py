@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 from toy_modules import Sampler, Scorer, Trainer, read_notes
@@ -10,6 +12,7 @@ from toy_modules import Sampler, Scorer, Trainer, read_notes
 import chatlearn
 from chatlearn import Engine, Environment, Evaluator
 from chatlearn import Trainer as TrainerFlow
+from chatlearn.engine.run import Terminated
 from chatlearn.errors import ConfigError, DataError, FlowError
 
 
@@ -156,3 +159,31 @@ def test_methods_of_users_own_and_hooks_are_called(learn_locally):
     result = learn_locally(engine, generation_batch_size=2, data_shuffle=False)
     assert [int(row["answer"]) for row in result.rollouts] == [7, 14, 21]
     assert result.metrics[0]["episode/hooked/calls"] == 3.0
+
+
+def test_sigterm_ends_the_run_at_the_next_chance_with_a_checkpoint(learn_locally, tmp_path):
+    class Terminating(Trainer):
+        def train_step(self, data, iteration):
+            if iteration == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().train_step(data, iteration)
+
+    calls = []
+
+    class Counted(Sampler):
+        def forward_step(self, data):
+            calls.append(len(data["prompt"]))
+            return super().forward_step(data)
+
+    sampler, trainer = Counted("sampler"), Terminating("trainer")
+    engine = Engine(
+        Environment(lambda b: sampler.forward_step(b)), TrainerFlow(lambda b: trainer.train_step(b))
+    ).set_dataset(list(range(20)))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="saved .*episode_000000"):
+        learn_locally(
+            engine, generation_batch_size=1, train_global_batch_size=1, train_micro_batch_size=1
+        )
+    assert len(calls) < 10
+    assert len(list(tmp_path.glob("chatlearn/*/checkpoints/episode_000000/run_state.json"))) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
