@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"chatlearn runs on Linux only (got {sys.platform}): use a container or WSL 2.")
         return EXIT_BAD_CONFIG
     parsed = _parse_arguments(arguments)
+    if os.getcwd() not in sys.path:
+        # As with `python -m`: modules that a config names are found from the current folder.
+        sys.path.insert(0, os.getcwd())
     # Commands import torch and ray; --help and --version do not wait for them.
     from chatlearn.cli.commands import run_check, run_eval, run_train
     from chatlearn.engine.run import Terminated
