@@ -23,6 +23,7 @@ from chatlearn.errors import ChatLearnError, DataError
 from chatlearn.sync.synchronizer import WeightSynchronizer
 
 if TYPE_CHECKING:
+    from types import TracebackType
     from typing import Self
 
     from chatlearn.config import Config
@@ -244,6 +245,7 @@ class _SigtermWatch:
     def __init__(self) -> None:
         self.loop: CallLoop | None = None
         self._previous: Any = None
+        self._is_requested = False
         self._is_main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Self:
@@ -251,15 +253,23 @@ class _SigtermWatch:
             self._previous = signal.signal(signal.SIGTERM, self._request_stop)
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._is_main:
             signal.signal(signal.SIGTERM, self._previous)
+        if self._is_requested and isinstance(error, KeyboardInterrupt):
+            raise Terminated("terminated by SIGTERM") from None
 
     def _request_stop(self, _number: int, _frame: object) -> None:
+        self._is_requested = True
         if self.loop is None:
-            self._stop()
-        else:
-            self.loop.interrupt = self._stop
+            # The only exception that Ray lets through its waits (seen in 2.60).
+            raise KeyboardInterrupt
+        self.loop.interrupt = self._stop
 
     def _stop(self) -> None:
         raise Terminated("terminated by SIGTERM")
