@@ -36,6 +36,13 @@ class LengthReward(BaseModule):
         return self.forward_step(data)
 
 
+class InfiniteReward(LengthReward):
+    """A reward that is broken."""
+
+    def forward_step(self, data):
+        return {**data, "rewards": torch.full((len(data["response_token_ids"]),), float("inf"))}
+
+
 def prompts(count):
     return [{"prompt_token_ids": [3 + i % 20, 4 + i % 7, 5]} for i in range(count)]
 

@@ -81,3 +81,26 @@ def test_eval_runs_each_model_over_what_the_one_before_gave(tmp_path):
     result = learn(tmp_path, content, runs.prompts(7))
     assert len(result.evaluation["reward"]) == 7
     assert "eval/reward" in result.metrics[-1]
+
+
+def test_a_prompt_beyond_the_context_is_refused_by_its_number(tmp_path):
+    content = runs.config("eval", ("policy",), {}, reward=LOCAL_REWARD)
+    dataset = [*runs.prompts(2), {"prompt_token_ids": list(range(3, 19))}]
+    message = "prompt 2 has 16 tokens; with max_sequence_length=16 a prompt may have at most 15"
+    with pytest.raises(chatlearn.errors.ChatLearnError, match=message):
+        learn(tmp_path, content, dataset)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    reward = {"module": "megatron_runs:InfiniteReward"}
+    names = ("policy", "reference", "value", "policy_trainer", "value_trainer")
+    content = runs.config("rlhf", names, {"sample_per_episode": 4}, reward=reward)
+    with pytest.raises(chatlearn.errors.ChatLearnError, match="the loss is nan"):
+        learn(tmp_path, content, runs.prompts(4))
+
+
+def test_a_trainer_names_the_column_that_is_missing(tmp_path):
+    content = runs.config("dpo", ("reference", "policy_trainer"), {"algorithm": {"loss": "ppo"}})
+    message = "the batch has no column 'response_token_ids'; it has prompt_token_ids, chosen"
+    with pytest.raises(chatlearn.errors.ChatLearnError, match=message):
+        learn(tmp_path, content, runs.pairs(4))

@@ -3,6 +3,7 @@
 import megatron_runs as runs
 
 import chatlearn
+import megatron_adapters
 from chatlearn.engine.from_config import build_engine
 
 RUNTIME = {
@@ -37,3 +38,25 @@ def test_ppo_over_tensor_pipeline_and_data_ranks(ray_cluster, tmp_path):
     saved = result.run_dir / "checkpoints" / "episode_000002" / "models"
     assert (saved / "policy_trainer" / "metadata.json").is_file()
     assert (saved / "value_trainer" / "metadata.json").is_file()
+
+
+def sample(tmp_path, **policy):
+    """Two samples of each prompt, without training."""
+    runtime = {"deterministic": True, "num_samples_per_prompt": 2, "generation_batch_size": 3}
+    content = runs.config(None, ("policy",), {**runtime, "output_dir": str(tmp_path)})
+    content["models"]["policy"] |= policy
+    chatlearn.init(content)
+    model = megatron_adapters.PolicyInference("policy")
+    engine = chatlearn.Engine(chatlearn.Environment(lambda batch: model.forward_step(batch)))
+    rollouts = engine.set_dataset(runs.prompts(7)).learn().rollouts
+    return [row["response_token_ids"].tolist() for row in rollouts]
+
+
+def test_tokens_do_not_depend_on_replicas_or_batches(ray_cluster, tmp_path):
+    two_replicas = sample(tmp_path, num_gpu=2)
+    one_of_two_ranks = sample(
+        tmp_path, num_gpu=2, tensor_model_parallel_size=2, generation_batch_size=5
+    )
+    assert len(two_replicas) == 14
+    assert len({tuple(ids) for ids in two_replicas}) > 7
+    assert two_replicas == one_of_two_ranks

@@ -74,7 +74,7 @@ def test_an_episode_is_one_line_of_what_matters_most():
         "time/episode": 3.21,
     }
     assert format_episode(0, 10, metrics) == (
-        "episode 1/10  reward 0.5123  eval 0.25  trainer kl 0.001  trainer loss -1.5  "
+        "episode 1/10  reward 0.5123  eval reward 0.25  trainer kl 0.001  trainer loss -1.5  "
         "value loss 2  3.2 s"
     )
     assert format_episode(9, 10, {}) == "episode 10/10"
