@@ -63,6 +63,10 @@ def build_training_state(
     config = settings.transformer
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
+    if settings.ddp.overlap_grad_reduce:
+        # Gradients are reduced in the last micro-batch's backward pass, not in each.
+        no_syncs = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
     scheduler = _build_scheduler(optimizer, settings)
     return TrainingState(chunks, optimizer, scheduler, groups, name)
 

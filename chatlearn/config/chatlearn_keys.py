@@ -22,7 +22,7 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "num_replica": "it follows from num_gpu: num_gpu / (TP x PP x CP)",
         "offload_optimizer_states": _OFFLOAD,
         "offload_weights": _OFFLOAD,
-        "sp_size": "use context_parallel_size, or sequence_parallel with TP",
+        "sp_size": "use sequence_parallel with tensor_model_parallel_size",
         "zero_size": "use Megatron's use_distributed_optimizer",
     },
     "runtime": {

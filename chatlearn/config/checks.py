@@ -19,6 +19,14 @@ _UNEVEN = (
     "pipeline_model_parallel_layout",
 )
 
+# Fields of Megatron's that would change results in silence.
+_NOT_YET = {
+    "calculate_per_token_loss": "losses are already means over the global batch's tokens",
+    "fp16": "use bf16",
+    "mtp_num_layers": "leave it out",
+    "overlap_param_gather": "weight sync must see whole parameters; leave it out",
+}
+
 
 def find_contradictions(config: Config) -> list[str]:
     """Every contradiction, one line each; empty where there is none."""
@@ -48,6 +56,14 @@ def _check_model(name: str, model: ModelConfig) -> Iterator[str]:
             f"{path}: a CPU-only model has TP = PP = CP = 1 and num_cpu={model.num_cpu} a multiple "
             f"of cpu_per_process={model.cpu_per_process}; got TP x PP x CP = {ranks}"
         )
+    if cp > 1:
+        yield (
+            f"{path}: context_parallel_size={cp}: rows are not cut along their length yet; use "
+            "tensor_model_parallel_size with sequence_parallel, or recompute_granularity"
+        )
+    for key in _NOT_YET:
+        if model.megatron.get(key):
+            yield f"{path}: {key} is not supported yet: {_NOT_YET[key]}"
     if ep > 1 and not model.megatron.get("num_moe_experts"):
         yield f"{path}: expert_model_parallel_size={ep} needs num_moe_experts"
     yield from _check_shapes(path, model, tp, pp)
@@ -79,8 +95,6 @@ def _check_depth(path: str, model: ModelConfig, tp: int, pp: int) -> Iterator[st
         yield f"{path}: num_layers={layers} is no multiple of PP x VPP = {pp} x {vpp or 1}"
     if fields.get("sequence_parallel") and tp == 1:
         yield f"{path}: sequence_parallel needs tensor_model_parallel_size > 1"
-    if fields.get("bf16") and fields.get("fp16"):
-        yield f"{path}: bf16 and fp16 are both true"
     longest = fields.get("max_sequence_length")
     wanted = model.generation.max_new_tokens
     if longest and wanted is not None and wanted >= longest:

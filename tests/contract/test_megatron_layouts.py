@@ -22,6 +22,8 @@ LAYOUTS = {
     "pp4": (4, {"pipeline_model_parallel_size": 4}),
     "dp2": (2, {}),
     "dp2-distributed-optimizer": (2, DISTRIBUTED),
+    "dp2-overlapped-reduction": (2, {**DISTRIBUTED, "overlap_grad_reduce": True}),
+    "pp2-vpp2-dp2-overlapped": (4, {**VPP2, "overlap_grad_reduce": True}),
     "tp2-sp": (2, SP),
     "tp2-pp2": (4, {**TP2, **PP2}),
     "tp2-pp2-sp": (4, {**SP, **PP2}),

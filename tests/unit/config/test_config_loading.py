@@ -127,7 +127,8 @@ def test_a_value_of_the_wrong_kind_is_refused(content, line):
             "num_layers=4 is no multiple of PP x VPP = 3 x 1",
         ),
         ({"sequence_parallel": True}, "sequence_parallel needs tensor_model_parallel_size > 1"),
-        ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true"),
+        ({"fp16": True}, "fp16 is not supported yet: use bf16"),
+        ({"context_parallel_size": 2}, "context_parallel_size=2: rows are not cut"),
         (
             {"max_sequence_length": 64, "generation": {"max_new_tokens": 64}},
             "generation.max_new_tokens=64 leaves no room",
