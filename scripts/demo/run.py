@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 import chatlearn
 from chatlearn.checkpoint.folders import find_checkpoints
 from chatlearn.engine.from_config import build_engine, set_datasets
@@ -40,7 +42,7 @@ _ROWS_PER_STEP = 128
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; gives the exit code."""
     options = _parse(arguments)
-    started_s = options.started or time.time()
+    started_s = psutil.Process().create_time()
     folder = Path(options.output).resolve()
     try:
         training, held_out = _prepare_data(folder, options.seed)
@@ -67,7 +69,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reward", choices=("rule", "model"), default="rule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/demo", help="folder of data and runs")
-    parser.add_argument("--started", type=float, help="when the clock began, seconds of the epoch")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the last step")
     return parser.parse_args(arguments)
 
