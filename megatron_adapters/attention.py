@@ -42,6 +42,12 @@ class FusedAttention(nn.Module):
         del attn_mask_type, cp_comm_type, pg_collection
         if config.context_parallel_size > 1:
             raise ValueError("this attention core has no context parallelism: set it to 1")
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError(
+                "this attention core has neither a sliding window nor another softmax: leave "
+                f"window_size and softmax_type out, got {config.window_size} and "
+                f"{config.softmax_type!r}"
+            )
         if attention_type != "self":
             raise ValueError(f"this attention core serves self attention, got {attention_type!r}")
         self.layer_number = layer_number

@@ -48,7 +48,7 @@ def layout_of(fields, world_size) -> ParallelLayout:
     )
 
 
-def build_module(rank, kind, fields, *, seed=7, runtime=None):
+def build_module(rank, kind, fields, *, seed=7, runtime=None, device="cpu"):
     """A module of this rank, set up as the engine does it."""
     world_size = torch.distributed.get_world_size()
     config = load_config(
@@ -64,7 +64,7 @@ def build_module(rank, kind, fields, *, seed=7, runtime=None):
         replica=0,
         rank=rank,
         layout=layout_of(fields, world_size),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         data_parallel_group=None,
         host="127.0.0.1",
         node_id="node",
@@ -106,6 +106,14 @@ def lane_batches(module, rows, keys, micro_batch_size=2):
 
 SFT = ("prompt_token_ids", "response_token_ids")
 PPO = (*SFT, "rollout_logprobs", "ref_logprobs", "values", "rewards")
+
+
+def rows_of(prompts, tokens):
+    """Rows of prompts and generated tokens."""
+    return [
+        {"prompt_token_ids": prompt, "response_token_ids": torch.tensor(ids)}
+        for prompt, ids in zip(prompts, tokens, strict=True)
+    ]
 
 
 def train_supervised(rank, fields, num_steps=2, micro_batch_size=2):

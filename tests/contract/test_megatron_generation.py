@@ -2,7 +2,6 @@
 
 import megatron_cases as cases
 import pytest
-import torch
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -24,24 +23,17 @@ def generate(ranks, name, **changes):
     return every[0]
 
 
-def as_rows(tokens, temperature=0.8):
-    return [
-        {"prompt_token_ids": prompt, "response_token_ids": torch.tensor(ids)}
-        for prompt, ids in zip(make_prompts(), tokens, strict=True)
-    ]
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_reported_logprobs_are_those_of_a_full_forward(ranks, name):
     tokens, logprobs = generate(ranks, name, generation={"temperature": 1.0})
-    full = ranks.run(1, cases.score, {}, as_rows(tokens))[0]
+    full = ranks.run(1, cases.score, {}, cases.rows_of(make_prompts(), tokens))[0]
     for reported, scored in zip(logprobs, full, strict=True):
         assert reported == pytest.approx(scored, abs=1e-4)
 
 
 def test_reported_logprobs_are_those_of_a_full_forward_in_bf16(ranks):
     tokens, logprobs = generate(ranks, "one", bf16=True, generation={"temperature": 1.0})
-    full = ranks.run(1, cases.score, {"bf16": True}, as_rows(tokens))[0]
+    full = ranks.run(1, cases.score, {"bf16": True}, cases.rows_of(make_prompts(), tokens))[0]
     for reported, scored in zip(logprobs, full, strict=True):
         assert reported == pytest.approx(scored, abs=2e-2)
 
