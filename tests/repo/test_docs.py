@@ -22,7 +22,7 @@ RUNNABLE = re.compile(r"^<!-- runnable -->\n```python\n(.*?)^```", re.MULTILINE 
 INLINE = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"(?<![\w/.<{}-])((?:[\w.-]+/)+[\w.-]+\.(?:py|sh|yaml|md|toml))\b")
 FOLDER = re.compile(r"^((?:chatlearn|megatron_adapters|scripts|tests|configs|docs)/(?:[\w.-]+/)*)$")
-COMMAND = re.compile(r"^\$? ?(?:[A-Z_]+=\S+ )*(make|chatlearn) ([a-z_-]+)\b", re.MULTILINE)
+COMMAND = re.compile(r"^\$? ?(?:[A-Z_]+=\S+ )*(make|chatlearn) ([a-z][a-z_-]*)\b", re.MULTILINE)
 DOTTED = re.compile(r"^((?:chatlearn|megatron_adapters)(?:\.\w+)+)(?:\(.*\))?$")
 KEY = re.compile(r"^(?:runtime|models\.<?\w+>?)(?:\.\w+)+(?=$|:)")
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
@@ -80,20 +80,28 @@ def test_every_configuration_key_exists(name):
     assert [key for key in sorted(keys) if not _is_key(key)] == []
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in PAGE_NAMES if RUNNABLE.search((ROOT / n).read_text("utf-8"))]
-)
-def test_the_programs_of_a_page_run(name, tmp_path):
-    """The blocks of one page that are marked as runnable are one program."""
-    program = tmp_path / "program.py"
+def _program(name, folder):
+    """The blocks of one page that are marked as runnable: together they are one program."""
+    program = folder / "program.py"
     program.write_text("\n".join(RUNNABLE.findall((ROOT / name).read_text("utf-8"))), "utf-8")
-    _run([sys.executable, str(program)], tmp_path)
+    return [sys.executable, str(program)]
 
 
-def test_the_program_for_flows_learns(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(RUNNABLE.findall((ROOT / "docs/flows.md").read_text("utf-8"))[0], "utf-8")
-    assert "right answers: 1.0\n" in _run([sys.executable, str(program)], tmp_path)
+@pytest.mark.parametrize(
+    ("name", "last_words"),
+    [
+        ("docs/flows.md", r"right answers: 1\.0\n"),
+        ("docs/adding-a-model.md", r"\[9, 2, 6, 5\] -> \[\d+"),
+        ("docs/adding-an-algorithm.md", r"reward: 0\.\d+ -> 0\.[89]"),
+    ],
+)
+def test_the_program_of_a_page_does_what_it_says(name, last_words, tmp_path):
+    assert re.search(last_words, _run(_program(name, tmp_path), tmp_path))
+
+
+def test_every_page_with_a_program_is_tried():
+    pages = [name for name in PAGE_NAMES if RUNNABLE.search((ROOT / name).read_text("utf-8"))]
+    assert pages == ["docs/adding-a-model.md", "docs/adding-an-algorithm.md", "docs/flows.md"]
 
 
 def _run(command, folder):
