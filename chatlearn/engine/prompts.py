@@ -54,7 +54,7 @@ class PromptSource:
         rows: dict[RowId, tuple[RowSource, ...]] = {}
         for start in range(0, len(requests), _ROWS_PER_LOAD):
             chunk = tuple(requests[start : start + _ROWS_PER_LOAD])
-            calls = self._group.call(load_rows, self._key, chunk, ranks=(0,))
+            calls = self._group.call(load_rows, self._key, chunk, ranks=(0,), num_outputs=2)
             self._session.loop.submit(calls, lambda: None, "reading the data set")
             source = (RowSource("batch", calls[0].outputs[0]),)
             rows.update({request.row_id: source for request in chunk})

@@ -94,11 +94,16 @@ def build_datasets(
     return tuple(len(dataset) for dataset in built)
 
 
-def load_rows(context: WorkerContext, key: str, requests: Sequence[RowRequest]) -> RowBatch:
-    """Read rows of a data set that `build_datasets` made."""
+def load_rows(
+    context: WorkerContext, key: str, requests: Sequence[RowRequest]
+) -> tuple[RowBatch, int]:
+    """Read rows of a data set that `build_datasets` made; gives them and their number.
+
+    The driver looks at the last output of a call only, so that the rows stay with the workers.
+    """
     kept = context.keep(("datasets", key), lambda: _Datasets(()))
     rows = [kept.datasets[request.dataset_index][request.index] for request in requests]
-    return RowBatch.from_rows([request.row_id for request in requests], rows)
+    return RowBatch.from_rows([request.row_id for request in requests], rows), len(rows)
 
 
 def start_episode(context: WorkerContext) -> None:

@@ -47,6 +47,9 @@ class RayWorker:
             if entry not in sys.path:
                 sys.path.append(entry)
         _redirect_output(Path(settings.log_path))
+        # Workers of every rank spend these seconds now, side by side, not one step at a time.
+        import torch  # noqa: F401
+
         self._context: WorkerContext | None = None
         self._store: Any = None
 

@@ -16,8 +16,9 @@ from chatlearn import Trainer as TrainerFlow
 def note(text):
     """Tell the test that the moment has come."""
     folder = Path(os.environ["CHATLEARN_TEST_FOLDER"])
-    (folder / "draft").write_text(f"{text} {os.getpid()} {time.time()}")
-    os.replace(folder / "draft", folder / "moment")
+    draft = folder / f"draft.{os.getpid()}"
+    draft.write_text(f"{text} {os.getpid()} {time.time()}")
+    os.replace(draft, folder / "moment")
 
 
 class RaisingTrainer(Trainer):

@@ -128,7 +128,7 @@ def test_a_signal_while_workers_start_leaves_nothing(start, number):
     program.await_moment()
     program.process.send_signal(number)
     code, output = program.finish(2 * REACT_S)
-    assert code == 128 + number
+    assert code == 128 + number, output
     assert "Traceback" not in output
     assert program.await_silence() == []
 
@@ -138,7 +138,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_143(start):
     program.await_moment()
     program.process.terminate()
     code, output = program.finish(2 * REACT_S)
-    assert code == 143
+    assert code == 143, output
     (checkpoint,) = program.folder.glob("runs/chatlearn/*/checkpoints/episode_*")
     assert f"terminated by SIGTERM; saved {checkpoint}" in output
     assert (checkpoint / "run_state.json").exists()
