@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from interrupts import heed_interrupts
 
 HERE = Path(__file__).parent
 START_S = 90.0
@@ -38,6 +39,7 @@ class Program:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
 
     def await_moment(self):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from interrupts import heed_interrupts
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LIMIT_S = 100
@@ -71,6 +72,7 @@ class Workplace:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=heed_interrupts,
         )
 
     def run_nodes(self, script: str, *arguments: str) -> tuple[list[int], list[str]]:

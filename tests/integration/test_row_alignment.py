@@ -62,12 +62,12 @@ def test_trainers_of_different_dp_sizes_see_the_same_batches(learn):
         num_episode=5,
         sample_per_episode=8,
         generation_batch_size=3,
-        train_global_batch_size=6,
-        train_micro_batch_size=2,
+        train_global_batch_size=7,
+        train_micro_batch_size=1,
     )
     batches = trained_batches(result.run_dir, "one")
     assert batches == trained_batches(result.run_dir, "two")
-    assert [len(batch) for batch in batches] == [6, 2] * 5
+    assert [len(batch) for batch in batches] == [7, 1] * 5
     assert [i for batch in batches for i in batch] == [(number, 0) for number in range(40)]
     prompts = [x for note in read_notes(result.run_dir, "one")[0] for x in note["prompts"]]
     assert sorted(prompts[:35]) == PROMPTS
