@@ -136,7 +136,9 @@ def _is_key(key):
     if section == "models":
         parts = parts[1:]
     for part in parts:
-        if part not in getattr(kind, "model_fields", {}):
-            return kind is ModelConfig and part in {*MODEL_FIELDS}.union(*MEGATRON_FIELDS.values())
-        kind = kind.model_fields[part].annotation
+        fields = getattr(kind, "model_fields", {})
+        if part not in fields:
+            flat = {*MODEL_FIELDS}.union(*MEGATRON_FIELDS.values())
+            return kind is ModelConfig and part in flat
+        kind = fields[part].annotation
     return bool(parts)
