@@ -10,11 +10,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 _START_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Ray's head process, and the environment by which others join it."""
+
+    process: subprocess.Popen
+    environment: dict[str, str]
+
+    def enter(self, patch):
+        """Make this process and its children join the head from now on."""
+        assert self.process.poll() is None, "the session's Ray has died"
+        for name, value in self.environment.items():
+            patch.setenv(name, value)
+        from ray._raylet import Config
+
+        Config.initialize("")
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +57,14 @@ def _ray_head():
     try:
         _await_head(head, folder / "head.log")
         address = f"{socket.gethostbyname(socket.gethostname())}:{port}"
-        yield {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        yield _Head(
+            head,
+            {
+                "RAY_ADDRESS": address,
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(token),
+            },
+        )
     finally:
         head.terminate()
         try:
@@ -71,11 +96,8 @@ def _await_head(head, log):
 @pytest.fixture
 def ray_cluster(_ray_head, monkeypatch):
     """The environment by which this process and its children join the session's Ray."""
-    for name, value in _ray_head.items():
-        monkeypatch.setenv(name, value)
+    _ray_head.enter(monkeypatch)
     import ray
-    from ray._raylet import Config
 
-    Config.initialize("")
-    yield _ray_head
+    yield _ray_head.environment
     ray.shutdown()

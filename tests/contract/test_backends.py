@@ -62,11 +62,7 @@ def start(backend, config=None, names=("left", "right")):
 @pytest.fixture(scope="module")
 def _ray_backend(_ray_head, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in _ray_head.items():
-            patch.setenv(name, value)
-        from ray._raylet import Config
-
-        Config.initialize("")
+        _ray_head.enter(patch)
         backend = RayBackend(tmp_path_factory.mktemp("logs"))
         groups = start(backend)
         yield backend, groups
