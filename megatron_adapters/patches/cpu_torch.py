@@ -16,9 +16,25 @@ import torch
 
 from megatron_adapters.patches.guard import expect_source
 
-__all__ = ["CpuCuda", "CpuTorch", "apply"]
+__all__ = ["CpuCuda", "CpuStream", "CpuTorch", "apply"]
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "randn", "rand")
+
+
+class CpuStream:
+    """A stream, or an event of one, on a device that is always in step."""
+
+    def record_event(self, _event: Any = None) -> "CpuStream":
+        """An event that has happened."""
+        return self
+
+    def record(self, _stream: Any = None) -> None:
+        """There is nothing to record."""
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+    wait_stream = wait_event = wait = record
 
 
 class CpuCuda:
@@ -68,11 +84,17 @@ class CpuCuda:
         """There are no streams."""
         return nullcontext()
 
-    def current_stream(self, _device: Any = None) -> Any:
-        """There are no streams."""
-        return None
+    def current_stream(self, _device: Any = None) -> CpuStream:
+        """The only one."""
+        return CpuStream()
 
     default_stream = current_stream
+
+    def Stream(self, *_options: Any, **_named: Any) -> "CpuStream":  # noqa: N802 - torch's name
+        """Stands for a stream or an event: everything is done when it is asked for."""
+        return CpuStream()
+
+    Event = Stream
 
 
 class CpuTorch:

@@ -44,6 +44,7 @@ def layout_of(fields, world_size) -> ParallelLayout:
         pp_size=pp,
         dp_size=world_size // (tp * pp),
         vpp_size=vpp,
+        ep_size=fields.get("expert_model_parallel_size", 1),
         etp_size=fields.get("expert_tensor_parallel_size"),
     )
 

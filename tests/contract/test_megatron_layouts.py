@@ -71,6 +71,24 @@ def test_the_loss_does_not_depend_on_the_micro_batches(ranks, expected):
     assert steps == [pytest.approx(step, rel=1e-5) for step in expected]
 
 
+MOE = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_load_balancing_type": "none",
+}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"expert_model_parallel_size": 2}, PP2, {**SP, "expert_tensor_parallel_size": 1}]
+)
+def test_experts_are_the_same_in_every_layout(ranks, fields):
+    reference = ranks.run(1, cases.train_supervised, MOE)[0]
+    for steps in ranks.run(2, cases.train_supervised, {**fields, **MOE}):
+        assert steps[0] == pytest.approx(reference[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["tp2", "pp2", "pp2-vpp2", "dp2", "tp2-sp", "tp2-pp2"])
 @pytest.mark.parametrize("kind", ["trainer", "value"])
 def test_ppo_does_not_depend_on_the_layout(ranks, name, kind):
