@@ -12,7 +12,14 @@ import torch
 
 from chatlearn.errors import DataError
 
-__all__ = ["PaddedBatch", "Rows", "pad_micro_batches", "read_rows", "read_temperature"]
+__all__ = [
+    "PaddedBatch",
+    "check_token_ids",
+    "Rows",
+    "pad_micro_batches",
+    "read_rows",
+    "read_temperature",
+]
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,21 @@ def read_temperature(*batches: Mapping[str, Any]) -> float:
             "temperature together"
         )
     return found.pop() if found else 1.0
+
+
+def check_token_ids(token_ids: Iterable[torch.Tensor], vocab_size: int) -> None:
+    """Refuse ids that the model has no embedding for; split over ranks, those would be zeros.
+
+    Raises:
+        DataError: names the id and the vocabulary's size.
+    """
+    for ids in token_ids:
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+            wrong = next(int(i) for i in ids if not 0 <= int(i) < vocab_size)
+            raise DataError(
+                f"got the token id {wrong}; the model's vocab_size is {vocab_size}: use the "
+                "tokenizer that the model was made for"
+            )
 
 
 def pad_micro_batches(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -253,7 +254,8 @@ def _cut_column(value: Any, num_rows: int, what: str) -> list[Any]:
                 f"{num_rows}, one entry per row"
             )
         return list(value.detach().cpu().unbind(0))
-    if isinstance(value, str | bytes | Mapping | Set) or not hasattr(value, "__len__"):
+    is_scalar = not hasattr(value, "__len__") or getattr(value, "shape", None) == ()
+    if is_scalar or isinstance(value, str | bytes | Mapping | Set):
         raise DataError(
             f"{what} is a {type(value).__name__}; expected a tensor or a list with {num_rows} "
             "entries, one per row"
@@ -266,12 +268,23 @@ def _cut_column(value: Any, num_rows: int, what: str) -> list[Any]:
 def _stack(values: list[Any]) -> Any:
     import torch
 
-    if not values or not all(isinstance(value, torch.Tensor) for value in values):
-        return list(values)
-    first = values[0]
-    if any(value.shape != first.shape or value.dtype != first.dtype for value in values):
-        return list(values)
-    return torch.stack(values)
+    if values and all(isinstance(value, torch.Tensor) for value in values):
+        first = values[0]
+        if all(value.shape == first.shape and value.dtype == first.dtype for value in values):
+            return torch.stack(values)
+    return [_copy(value) for value in values]
+
+
+def _copy(value: Any) -> Any:
+    """A value that its new owner may change; the producer's stays as it is."""
+    import numpy as np
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    return deepcopy(value) if isinstance(value, list | dict | set) else value
 
 
 def _list_rows(row_ids: Sequence[RowId]) -> str:

@@ -22,14 +22,20 @@ class StreamDataset:
         row_ids: every sample of the episode.
         batch_size: rows of one training batch.
         is_dynamic: wait for all rows.
+        is_sorted: cut batches in the order of the ids, else in the order given.
     """
 
     def __init__(
-        self, row_ids: Sequence[RowId], batch_size: int, *, is_dynamic: bool = False
+        self,
+        row_ids: Sequence[RowId],
+        batch_size: int,
+        *,
+        is_dynamic: bool = False,
+        is_sorted: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
-        self._order = sorted(row_ids)
+        self._order = sorted(row_ids) if is_sorted else list(row_ids)
         self._batch_size = batch_size
         self._is_dynamic = is_dynamic
         self._sources: dict[RowId, Any] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from chatlearn.errors import ConfigError, DataError
+from chatlearn.metrics.means import mean_of_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,9 +72,9 @@ class Evaluator(_Component):
         """
         metrics: dict[str, float] = {}
         for rows in results.values():
-            rewards = [float(row["rewards"]) for row in rows if "rewards" in row]
-            if rewards:
-                metrics["reward"] = sum(rewards) / len(rewards)
+            reward = mean_of_numbers(row["rewards"] for row in rows if "rewards" in row)
+            if reward is not None:
+                metrics["reward"] = reward
         return metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,8 +10,6 @@ from chatlearn.errors import DataError
 from chatlearn.flow.execute import FlowRun, StageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from chatlearn.data.rows import RowBatch, RowId
     from chatlearn.engine.components import Evaluator
     from chatlearn.engine.prompts import PromptSource
@@ -69,8 +68,21 @@ def run_evaluation(
         chosen = {row_id: sources[row_id][position] for row_id in order}
         name = node.model_name if node.model_name not in rows else f"{node.model_name}#{index}"
         rows[name] = collect_rows(session, chosen)
-    metrics = evaluator.post_process(rows, eval_info)
-    return Evaluation(rows, metrics or {}, tuple(records))
+    return Evaluation(rows, _check_metrics(evaluator.post_process(rows, eval_info)), tuple(records))
+
+
+def _check_metrics(metrics: Any) -> dict[str, float]:
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise DataError(
+            f"Evaluator.post_process gave {type(metrics).__name__}; expected a mapping of metric "
+            "names to numbers"
+        )
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError) as error:
+        raise DataError(f"Evaluator.post_process: metrics must be numbers: {error}") from error
 
 
 def collect_rows(session: Session, sources: Mapping[RowId, RowSource]) -> list[dict[str, Any]]:

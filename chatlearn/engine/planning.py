@@ -88,6 +88,8 @@ def plan_flows(
     _check_train_calls(env_graph, eval_graph, train_graph)
     if env_graph is not None and train_graph is not None and not env_graph.outputs:
         raise FlowError("the environment flow returns nothing: return what the trainer trains on")
+    if eval_graph is not None and not eval_graph.outputs:
+        raise FlowError("the evaluation flow returns nothing: return what shall be looked at")
     return FlowPlan(
         env_graph,
         train_graph,

@@ -44,7 +44,8 @@ class PromptSource:
         self._session = session
         self._group = session.groups[model_name][0]
         self._key = key
-        parts = [list(part) for part in prompts]
+        # By index: a torch Dataset need not end by itself when it is iterated over.
+        parts = [[part[at] for at in range(len(part))] for part in prompts]
         calls = self._group.call(build_datasets, key, parts, is_eval, ranks=(0,))
         found = session.collect({model_name: list(calls)}, f"{model_name}.build_dataset")
         self.lengths: tuple[int, ...] = found[model_name][0]

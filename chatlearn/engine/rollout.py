@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.data.relay import EpisodeRelayBuffer, RelaySampleManager, RelayStore, identify_rows
-from chatlearn.data.rows import RowBatch, RowId
+from chatlearn.data.rows import NamedInput, RowBatch, RowId, join_inputs
 from chatlearn.data.sampler import PromptSampler, SamplerState, expand_samples
 from chatlearn.data.stream import StreamDataset
 from chatlearn.engine.episode_metrics import summarize_records, wall_seconds
 from chatlearn.engine.evaluation import collect_rows
 from chatlearn.engine.prompts import PromptSource
 from chatlearn.engine.worker_calls import RowRequest
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ConfigError, DataError
 from chatlearn.flow.execute import FlowRun, RowSource, StageRecord
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Rollout:
         )
         self._run: FlowRun | None = None
         self._stream: StreamDataset | None = None
+        self._num_samples = 0
         self._relay_metrics: dict[str, float] = {}
 
     @property
@@ -83,6 +84,7 @@ class Rollout:
         else:
             self._start_flow(rows, stream)
         self._stream = stream
+        self._num_samples = stream.num_rows
         if self._manager is not None:
             self._stream = stream = self._select_samples(stream, episode)
         return stream
@@ -96,16 +98,23 @@ class Rollout:
             self._run = None
 
     def fetch_rows(self) -> list[dict[str, Any]]:
-        """The episode's samples as dicts, in row order."""
-        if self._stream is None or self._graph is None:
+        """The episode's samples as dicts, in row order, returned values merged into one.
+
+        Raises:
+            DataError: two returned values share a key with different content.
+        """
+        if self._stream is None:
             return []
         sources = self._stream.sources()
-        rows: list[dict[str, Any]] = [{} for _ in sources]
-        for position in range(len(self._graph.outputs)):
+        row_ids = tuple(sources)
+        if not row_ids:
+            return []
+        inputs: list[NamedInput] = []
+        for position, first in enumerate(cast("Sources", sources[row_ids[0]])):
             chosen = {row_id: cast("Sources", s)[position] for row_id, s in sources.items()}
-            for row, found in zip(rows, collect_rows(self.session, chosen), strict=True):
-                row.update(found)
-        return rows
+            batch = RowBatch.from_rows(row_ids, collect_rows(self.session, chosen))
+            inputs.append(NamedInput(first.producer, batch))
+        return join_inputs(row_ids, inputs).to_rows()
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the finished rollout."""
@@ -114,8 +123,8 @@ class Rollout:
         seconds = wall_seconds(self.records)
         metrics["time/rollout"] = seconds
         length = metrics.get("rollout/response_length")
-        if length is not None and seconds > 0 and self._stream is not None:
-            metrics["rollout/tokens_per_s"] = length * self._stream.num_rows / seconds
+        if length is not None and seconds > 0:
+            metrics["rollout/tokens_per_s"] = length * self._num_samples / seconds
         return metrics
 
     def _start_flow(self, rows: Mapping[RowId, Sources], stream: StreamDataset) -> None:
@@ -140,10 +149,13 @@ class Rollout:
         """Let the user's sample manager decide, once every sample is there."""
         self.finish()
         row_ids = tuple(stream.sources())
-        rows = [
-            {**row, "row_id": row_id}
-            for row_id, row in zip(row_ids, self.fetch_rows(), strict=True)
-        ]
+        fetched = self.fetch_rows()
+        if any("row_id" in row for row in fetched):
+            raise DataError(
+                "the samples have a column `row_id`, which is how a sample manager tells rows "
+                "apart: give the column another name"
+            )
+        rows = [{**row, "row_id": row_id} for row_id, row in zip(row_ids, fetched, strict=True)]
         manager = self._manager
         if manager is None:
             return stream
@@ -151,7 +163,7 @@ class Rollout:
         if isinstance(manager, RelaySampleManager):
             self._relay_metrics = manager.take_metrics()
         batch_size = self.runtime.train_global_batch_size or len(chosen)
-        selected = StreamDataset(tuple(chosen), batch_size)
+        selected = StreamDataset(tuple(chosen), batch_size, is_sorted=False)
         for index in range(selected.num_batches):
             ids = selected.batch_ids(index)
             batch = RowBatch.from_rows(ids, [chosen[row_id] for row_id in ids])

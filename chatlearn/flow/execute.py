@@ -138,7 +138,12 @@ class FlowRun:
             iteration = queue.num_dispatched
             row_ids = queue.take()
             call = StageCall(
-                node.method_name, row_ids, self._inputs(node, row_ids), iteration, node.constants
+                node.method_name,
+                row_ids,
+                self._inputs(node, row_ids),
+                iteration,
+                node.constants,
+                self._graph.is_used(node.index),
             )
             self._submit(node, lane, call, row_ids)
 
@@ -192,20 +197,22 @@ class FlowRun:
                 micro_batches,
                 self._inputs(node, [r for ids in micro_batches for r in ids] or row_ids[:1]),
                 self._settings.iteration,
+                row_ids[0],
                 node.constants,
             )
             for micro_batches in cut
         )
 
     def _inputs(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[StageInput, ...]:
-        batches: dict[str, dict[int, RemoteValue]] = {}
+        batches: dict[tuple[int, str], dict[int, RemoteValue]] = {}
         for index in dict.fromkeys(node.inputs):
             for row_id in row_ids:
                 sources = self._rows[row_id] if index == ROOT else (self._sources[index][row_id],)
                 for source in sources:
-                    batches.setdefault(source.producer, {})[id(source.batch)] = source.batch
+                    key = (index, source.producer)
+                    batches.setdefault(key, {})[id(source.batch)] = source.batch
         return tuple(
-            StageInput(producer, tuple(found.values())) for producer, found in batches.items()
+            StageInput(producer, tuple(found.values())) for (_, producer), found in batches.items()
         )
 
     def _finish_rows(self, node: FlowNode, row_ids: tuple[RowId, ...], batch: RemoteValue) -> None:

@@ -55,6 +55,10 @@ class FlowGraph:
                 f"the {self.name} flow calls no model: call a method of a module on the batch"
             )
 
+    def is_used(self, index: int) -> bool:
+        """Whether a node's output is returned or is an input of another call."""
+        return index in self.outputs or any(index in node.inputs for node in self.nodes)
+
     @property
     def model_names(self) -> tuple[str, ...]:
         """The models, in order of their first call."""

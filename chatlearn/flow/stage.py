@@ -6,13 +6,15 @@ before they run.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.data.rows import NamedInput, RowBatch, RowId, join_inputs
-from chatlearn.errors import DataError
+from chatlearn.errors import DataError, NumericsError
+from chatlearn.metrics.means import mean_of_numbers
 from chatlearn.models.invoke import invoke, invoke_prepare_episode
 
 if TYPE_CHECKING:
@@ -40,23 +42,28 @@ class StageInput:
 
 @dataclass(frozen=True)
 class StageCall:
-    """One micro-batch of one flow node."""
+    """One micro-batch of one flow node; `is_used`: somebody takes its output."""
 
     method_name: str
     row_ids: tuple[RowId, ...]
     inputs: Sequence[StageInput]
     iteration: int
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    is_used: bool = True
 
 
 @dataclass(frozen=True)
 class TrainCall:
-    """One global batch of one lane: its micro-batches (perhaps empty ones) in order."""
+    """One global batch of one lane: its micro-batches (perhaps empty ones) in order.
+
+    `sample_row` is in every input, also where the lane has no rows: it shows the columns.
+    """
 
     method_name: str
     micro_batches: tuple[tuple[RowId, ...], ...]
     inputs: Sequence[StageInput]
     iteration: int
+    sample_row: RowId
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -100,6 +107,8 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
     metrics = context.module.take_metrics()
     if not _is_output_rank(context):
         return None, StageReport(start_s, end_s, len(batch), {}, {})
+    if output is None and not call.is_used:
+        output = {}
     rows = RowBatch.from_output(call.row_ids, output, producer)
     added = [key for key in rows.columns if key not in batch.columns]
     statistics = _row_statistics(rows, added)
@@ -151,9 +160,7 @@ def _join(row_ids: Sequence[RowId], inputs: Sequence[StageInput]) -> RowBatch:
 
 def _cut(call: TrainCall) -> list[dict[str, Any]]:
     row_ids = [row_id for ids in call.micro_batches for row_id in ids]
-    # A lane without rows still shows the module the columns: the inputs hold a row of another.
-    sample = cast("RowBatch", call.inputs[0].batches[0]).row_ids[:1]
-    batch = _join(row_ids or sample, call.inputs)
+    batch = _join(row_ids or [call.sample_row], call.inputs)
     return [batch.select(ids).collate() for ids in call.micro_batches]
 
 
@@ -164,19 +171,25 @@ def _is_output_rank(context: WorkerContext) -> bool:
 
 def _row_statistics(rows: RowBatch, added: Sequence[str]) -> dict[str, float]:
     """Mean reward and response length, where the method added those columns."""
-    statistics: dict[str, float] = {}
-    if not rows.row_ids:
-        return statistics
+    statistics: dict[str, float | None] = {}
     if "rewards" in added:
-        statistics["reward"] = sum(float(r) for r in rows.columns["rewards"]) / len(rows)
+        statistics["reward"] = mean_of_numbers(rows.columns["rewards"])
     if "response_token_ids" in added:
-        lengths = [len(ids) for ids in rows.columns["response_token_ids"]]
-        statistics["response_length"] = sum(lengths) / len(rows)
-    return statistics
+        responses = rows.columns["response_token_ids"]
+        lengths = [len(ids) if hasattr(ids, "__len__") else None for ids in responses]
+        statistics["response_length"] = mean_of_numbers(lengths)
+    return {name: value for name, value in statistics.items() if value is not None}
 
 
 def _as_numbers(metrics: Mapping[str, Any], model_name: str) -> dict[str, float]:
     try:
-        return {str(key): float(value) for key, value in metrics.items()}
+        numbers = {str(key): float(value) for key, value in metrics.items()}
     except (TypeError, ValueError) as error:
         raise DataError(f"{model_name}: metrics must be numbers: {error}") from error
+    loss = numbers.get("loss", 0.0)
+    if not math.isfinite(loss):
+        raise NumericsError(
+            f"model {model_name!r}: the loss is {loss}: lower the learning rate, or look for rows "
+            "with extreme values"
+        )
+    return numbers

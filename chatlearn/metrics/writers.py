@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chatlearn.errors import ConfigError
@@ -33,8 +34,12 @@ class JsonLinesWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line and flush it."""
-        ordered = {name: metrics[name] for name in sorted(metrics)}
+        """Append a line and flush it; what is not finite becomes null."""
+        # JSON has no NaN and no infinity.
+        ordered = {
+            name: metrics[name] if math.isfinite(metrics[name]) else None
+            for name in sorted(metrics)
+        }
         self._file.write(json.dumps({"step": step, **ordered}) + "\n")
         self._file.flush()
 

@@ -68,7 +68,7 @@ class _LocalGroup:
             values = [result] if num_outputs == 1 else list(result)
             if len(values) != num_outputs:
                 raise ValueError(f"{function} gave {len(values)} outputs, expected {num_outputs}")
-        except Exception as error:  # noqa: BLE001 - whatever the user's code raises is reported
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever user code raises
             failure = _Failure(self._describe(error, flow_line))
             values = [failure] * num_outputs
         outputs = tuple(RemoteValue(value) for value in values)
@@ -78,7 +78,7 @@ class _LocalGroup:
         """Close what the worker kept."""
         self._context.close()
 
-    def _describe(self, error: Exception, flow_line: str) -> WorkerError:
+    def _describe(self, error: BaseException, flow_line: str) -> WorkerError:
         if isinstance(error, WorkerError):
             return error
         found = WorkerError(

@@ -11,7 +11,7 @@ from chatlearn.errors import ConfigError, DataError
 from chatlearn.models.base import BaseModule
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
-from megatron_adapters.batches import PaddedBatch, Rows, pad_micro_batches
+from megatron_adapters.batches import PaddedBatch, Rows, check_token_ids, pad_micro_batches
 from megatron_adapters.model_building import Head, build_model
 from megatron_adapters.model_config import MegatronSettings, build_settings
 from megatron_adapters.parallel_state import (
@@ -96,6 +96,9 @@ class MegatronModule(BaseModule):
 
     def pad(self, micro_batches: Sequence[Rows]) -> list[PaddedBatch]:
         """Pad micro-batches to one shape for this rank's pipeline."""
+        vocab_size = self.settings.shape.vocab_size
+        for rows in micro_batches:
+            check_token_ids((*rows.prompts, *rows.responses), vocab_size)
         is_sharded = self.settings.transformer.sequence_parallel
         return pad_micro_batches(
             micro_batches,

@@ -7,7 +7,13 @@ import torch
 
 from chatlearn.generation.generator import GenerationRequest, GenerationResult, Generator
 from chatlearn.generation.sampling import SamplingParams
-from megatron_adapters.batches import PaddedBatch, Rows, read_rows, read_temperature
+from megatron_adapters.batches import (
+    PaddedBatch,
+    Rows,
+    check_token_ids,
+    read_rows,
+    read_temperature,
+)
 from megatron_adapters.modules.base import MegatronModule
 from megatron_adapters.modules.text_rows import build_text_dataset
 from megatron_adapters.runner import MegatronRunner
@@ -62,6 +68,7 @@ class PolicyInference(_TextModule):
 
     def _respond(self, data: dict[str, Any], temperature: float, seed: int) -> dict[str, Any]:
         self.require_columns(data, "prompt_token_ids")
+        check_token_ids(data["prompt_token_ids"], self.settings.shape.vocab_size)
         options = self.module_args.generation
         generator = Generator(
             self._runner,

@@ -104,3 +104,10 @@ def test_a_trainer_names_the_column_that_is_missing(tmp_path):
     message = "the batch has no column 'response_token_ids'; it has prompt_token_ids, chosen"
     with pytest.raises(chatlearn.errors.ChatLearnError, match=message):
         learn(tmp_path, content, runs.pairs(4))
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
+    content = runs.config("eval", ("policy",), {}, reward=LOCAL_REWARD)
+    message = "got the token id 23; the model's vocab_size is 23"
+    with pytest.raises(chatlearn.errors.ChatLearnError, match=message):
+        learn(tmp_path, content, [{"prompt_token_ids": [3, 23]}])

@@ -7,7 +7,7 @@ import time
 
 from toy_modules import Doubler, Sampler, Scorer, Trainer, read_notes, trained_batches
 
-from chatlearn import Engine, Environment, Evaluator
+from chatlearn import BaseModule, Engine, Environment, Evaluator
 from chatlearn import Trainer as TrainerFlow
 
 PROMPTS = list(range(35))
@@ -161,3 +161,31 @@ def test_dynamic_hands_past_episodes_to_the_sample_manager(learn_locally):
     prompts = [note["prompts"] for note in read_notes(result.run_dir, "trainer")[0]]
     assert all(x % 2 == 0 for batch in prompts for x in batch)
     assert len(prompts) == 3
+
+
+class Halves(BaseModule):
+    def forward_step(self, data):
+        return {**data, self.name: [2 * int(x) for x in data["prompt"]]}
+
+
+class Checker(BaseModule):
+    def train_step(self, data):
+        for part in data:
+            assert part["a"] == part["b"] == [2 * int(x) for x in part["prompt"]]
+        return {"rows": sum(len(part["prompt"]) for part in data)}
+
+
+def test_outputs_cut_differently_join_on_lanes_without_rows(learn):
+    a, b, t = Halves("a"), Halves("b"), Checker("t")
+    engine = Engine(
+        Environment(lambda batch: (a.forward_step(batch), b.forward_step(batch))),
+        TrainerFlow(lambda batch: t.train_step(batch)),
+    )
+    models = {
+        "a": {"generation_batch_size": 4},
+        "b": {"generation_batch_size": 3},
+        "t": {"num_gpu": 3},
+    }
+    runtime = {"train_global_batch_size": 3, "train_micro_batch_size": 1, "deterministic": True}
+    result = learn(engine.set_dataset(list(range(10))), models, **runtime)
+    assert result.metrics[0]["train/t/rows"] > 0
