@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,12 @@ class MegatronSettings:
 
 
 def build_settings(
-    name: str, fields: Mapping[str, Any], layout: ParallelLayout, device: torch.device
+    name: str,
+    fields: Mapping[str, Any],
+    layout: ParallelLayout,
+    device: torch.device,
+    *,
+    is_generating: bool = False,
 ) -> MegatronSettings:
     """Build the configuration objects.
 
@@ -68,6 +74,8 @@ def build_settings(
         fields: `models.<name>`'s Megatron fields.
         layout: of the replica.
         device: where the model will live.
+        is_generating: the model decodes token by token: no sequence parallelism, which is of no
+            use there.
 
     Raises:
         ConfigError: a required field is missing, or Megatron refuses a combination.
@@ -89,24 +97,54 @@ def build_settings(
         **_transformer_defaults(fields, layout, device, dtype, is_gated=own["swiglu"]),
         **_of(TransformerConfig, given),
     }
+    if is_generating:
+        transformer["sequence_parallel"] = False
+        if layout.vpp_size > 1:
+            raise ConfigError(
+                f"models.{name}: a model that generates has no virtual stages: leave "
+                "virtual_pipeline_model_parallel_size out"
+            )
+    transformer["perform_initialization"] = True
     if device.type == "cpu":
         # gloo pairs messages of one peer by order: batched p2p mixes up virtual stages silently.
         transformer["batch_p2p_comm"] = False
-    optimizer = {"lr": 1e-5, "params_dtype": dtype, "bf16": dtype == torch.bfloat16}
+    optimizer = {"lr": 1e-5, "min_lr": 0.0, "params_dtype": dtype, "bf16": dtype == torch.bfloat16}
     optimizer.update({"fp16": dtype == torch.float16, **_of(OptimizerConfig, given)})
     ddp = {"grad_reduce_in_fp32": True, **_of(DistributedDataParallelConfig, given)}
     ddp["use_distributed_optimizer"] = bool(given.get("use_distributed_optimizer", False))
     optimizer["use_distributed_optimizer"] = ddp["use_distributed_optimizer"]
-    try:
-        return MegatronSettings(
-            TransformerConfig(**transformer),
-            OptimizerConfig(**optimizer),
-            DistributedDataParallelConfig(**ddp),
-            _shape(own, layout),
-            {key: value for key, value in own.items() if key.startswith("lr_")},
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    if "layernorm" in (fields.get("recompute_modules") or ()) and not has_te:
+        raise ConfigError(
+            f"models.{name}: recompute_modules: layernorm needs Transformer Engine: leave it out"
         )
+    try:
+        with warnings.catch_warnings():
+            # Megatron warns about its own defaults.
+            warnings.simplefilter("ignore", UserWarning)
+            return _build(transformer, optimizer, ddp, own, layout)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"models.{name}: Megatron refuses the fields: {error}") from error
+
+
+def _build(
+    transformer: dict[str, Any],
+    optimizer: dict[str, Any],
+    ddp: dict[str, Any],
+    own: Mapping[str, Any],
+    layout: ParallelLayout,
+) -> MegatronSettings:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return MegatronSettings(
+        TransformerConfig(**transformer),
+        OptimizerConfig(**optimizer),
+        DistributedDataParallelConfig(**ddp),
+        _shape(own, layout),
+        {key: value for key, value in own.items() if key.startswith("lr_")},
+    )
 
 
 def _transformer_defaults(

@@ -49,4 +49,4 @@ def run_check(arguments: argparse.Namespace) -> None:
 
     config = load_config(Path(arguments.config), arguments.overrides)
     engine = build_engine(config)
-    print_plan(engine, engine.plan(config, arguments.assume_devices), config)
+    print_plan(engine, engine.plan(config, arguments.assume_devices, may_join=False), config)

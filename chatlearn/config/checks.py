@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.config.field_checks import find_bad_fields
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -18,14 +20,6 @@ _UNEVEN = (
     "account_for_loss_in_pipeline_split",
     "pipeline_model_parallel_layout",
 )
-
-# Fields of Megatron's that would change results in silence.
-_NOT_YET = {
-    "calculate_per_token_loss": "losses are already means over the global batch's tokens",
-    "fp16": "use bf16",
-    "mtp_num_layers": "leave it out",
-    "overlap_param_gather": "weight sync must see whole parameters; leave it out",
-}
 
 
 def find_contradictions(config: Config) -> list[str]:
@@ -61,12 +55,14 @@ def _check_model(name: str, model: ModelConfig) -> Iterator[str]:
             f"{path}: context_parallel_size={cp}: rows are not cut along their length yet; use "
             "tensor_model_parallel_size with sequence_parallel, or recompute_granularity"
         )
-    for key in _NOT_YET:
-        if model.megatron.get(key):
-            yield f"{path}: {key} is not supported yet: {_NOT_YET[key]}"
     if ep > 1 and not model.megatron.get("num_moe_experts"):
         yield f"{path}: expert_model_parallel_size={ep} needs num_moe_experts"
-    yield from _check_shapes(path, model, tp, pp)
+    experts = model.megatron.get("num_moe_experts")
+    if ep > 1 and experts and experts % ep:
+        yield f"{path}: num_moe_experts={experts} is no multiple of expert_model_parallel_size={ep}"
+    yield from find_bad_fields(path, model)
+    if not any(isinstance(v, int) and v < 1 for v in model.megatron.values()):
+        yield from _check_shapes(path, model, tp, pp)
 
 
 def _check_shapes(path: str, model: ModelConfig, tp: int, pp: int) -> Iterator[str]:

@@ -42,7 +42,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, coerce_numbers_to_str=True)
 
 
 class RuntimeEnvConfig(_Section):

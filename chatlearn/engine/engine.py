@@ -114,8 +114,15 @@ class Engine:
         """Whether there is something to roll out or train; otherwise it is all evaluation."""
         return self.environment is not None or self.trainer is not None
 
-    def plan(self, config: Config, assume_devices: int | None = None) -> RunPlan:
-        """Trace the flows and place the models, without starting anything.
+    def plan(
+        self, config: Config, assume_devices: int | None = None, *, may_join: bool = True
+    ) -> RunPlan:
+        """Trace the flows and place the models, without starting a worker.
+
+        Args:
+            config: the resolved configuration.
+            assume_devices: plan for this many GPUs instead of those that are there.
+            may_join: join the cluster of `RAY_ADDRESS` to count its devices.
 
         Raises:
             ConfigError: the config and the flows do not fit together.
@@ -124,7 +131,7 @@ class Engine:
         flows = plan_flows(
             self.environment, self.trainer, self.evaluator, tuple(self.parameter_syncs)
         )
-        return plan_run(flows, config, assume_devices)
+        return plan_run(flows, config, assume_devices, may_join=may_join)
 
     def learn(self) -> RunResult:
         """Run the episodes of the configuration; every worker is gone when this returns.

@@ -49,7 +49,13 @@ def build_engine(config: Config) -> Engine:
         raise ConfigError(f"runtime.engine is missing: name one of {known} or package.module:build")
     if name in _BUILT_IN:
         return _build_built_in(name, config)
-    engine = load_object(name, "runtime.engine")(config)
+    build = load_object(name, "runtime.engine")
+    if not callable(build):
+        raise ConfigError(
+            f"runtime.engine: {name} is a {type(build).__name__}; expected a function of the "
+            "config that gives a chatlearn.Engine"
+        )
+    engine = build(config)
     if not isinstance(engine, Engine):
         raise ConfigError(
             f"runtime.engine: {name} gave {type(engine).__name__}; expected a chatlearn.Engine"

@@ -10,7 +10,7 @@ from chatlearn.errors import ConfigError, FlowError
 from chatlearn.flow.graph import ROOT
 from chatlearn.flow.trace import trace_flow
 from chatlearn.runtime.devices import assume_inventory, discover_inventory
-from chatlearn.runtime.placement import build_requests, plan_placement
+from chatlearn.runtime.placement import build_requests, check_local_sizes, plan_placement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -100,13 +100,16 @@ def plan_flows(
     )
 
 
-def plan_run(flows: FlowPlan, config: Config, assume_devices: int | None = None) -> RunPlan:
+def plan_run(
+    flows: FlowPlan, config: Config, assume_devices: int | None = None, *, may_join: bool = True
+) -> RunPlan:
     """Layouts and placement of the flows' models.
 
     Args:
         flows: the traced flows.
         config: the resolved configuration.
         assume_devices: plan for this many GPUs instead of those that are there.
+        may_join: join the cluster of `RAY_ADDRESS` to count its devices.
 
     Raises:
         ConfigError: the config names a model that no flow calls, or sizes do not add up.
@@ -118,8 +121,10 @@ def plan_run(flows: FlowPlan, config: Config, assume_devices: int | None = None)
         if config.model(name).trainable and name not in trainable:
             trainable.add(name)
     requests = build_requests(config, tuple(flows.modules), tuple(sorted(trainable)))
+    if config.runtime.backend == "local":
+        check_local_sizes({request.model_name: request.num_ranks for request in requests})
     if assume_devices is None:
-        inventory = discover_inventory(config)
+        inventory = discover_inventory(config, may_join=may_join)
     else:
         inventory = assume_inventory(config, assume_devices)
     placement = plan_placement(requests, config.runtime.colocation_groups, inventory)

@@ -30,6 +30,11 @@ def load_object(path: str, key: str) -> Any:
             f"{key}: module {module_name!r} cannot be imported: {error}. Is its folder on "
             "PYTHONPATH, and its package installed?"
         ) from error
+    except Exception as error:  # noqa: BLE001 - whatever the user's module raises
+        raise ConfigError(
+            f"{key}: module {module_name!r} fails when it is imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, name):
         raise ConfigError(f"{key}: module {module_name!r} has no {name!r}")
     return getattr(module, name)

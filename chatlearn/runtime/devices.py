@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ConfigError, PlacementError
 from chatlearn.runtime.placement import DeviceInventory
 
 if TYPE_CHECKING:
@@ -16,15 +16,28 @@ __all__ = ["assume_inventory", "discover_inventory"]
 _USUAL_DEVICES = 8
 
 
-def discover_inventory(config: Config) -> DeviceInventory:
-    """The devices of the cluster that will be used (`RAY_ADDRESS`), else of this machine."""
+def discover_inventory(config: Config, *, may_join: bool = True) -> DeviceInventory:
+    """The devices of the cluster that will be used (`RAY_ADDRESS`), else of this machine.
+
+    Args:
+        config: the configuration.
+        may_join: join the cluster to count; otherwise this machine counts.
+
+    Raises:
+        PlacementError: `devices_per_node` asks for more GPUs than a node has.
+    """
     asked = config.runtime.devices_per_node
     num_nodes, gpus = 1, _count_gpus()
-    if config.runtime.backend == "ray" and os.environ.get("RAY_ADDRESS"):
+    if may_join and config.runtime.backend == "ray" and os.environ.get("RAY_ADDRESS"):
         from chatlearn.runtime.ray_cluster import count_cluster_devices, join_cluster
 
         join_cluster(config.runtime.startup_timeout_s)
         num_nodes, gpus = count_cluster_devices()
+    if gpus and asked != "auto" and int(asked) > gpus:
+        raise PlacementError(
+            f"runtime.devices_per_node asks for {asked} devices, but a node has {gpus} GPUs: lower "
+            "it, or leave it at auto"
+        )
     if gpus:
         return DeviceInventory(num_nodes, gpus if asked == "auto" else int(asked), "gpu")
     return DeviceInventory(num_nodes, None if asked == "auto" else int(asked), "logical")

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.errors import PlacementError, WorkerError
+from chatlearn.errors import WorkerError
 from chatlearn.parallel.layout import ParallelLayout
 from chatlearn.runtime.contract import (
     ModelSpec,
@@ -19,6 +19,7 @@ from chatlearn.runtime.contract import (
     WorkerGroup,
     WorkerSummary,
 )
+from chatlearn.runtime.placement import check_local_sizes
 from chatlearn.runtime.process_world import WorkerIdentity, close_world, join_world
 from chatlearn.runtime.remote_values import resolve_arguments
 
@@ -110,13 +111,7 @@ class LocalBackend:
         """
         import torch.distributed as dist
 
-        for spec in specs:
-            ranks = spec.num_replicas * spec.layout.world_size
-            if ranks > 1:
-                raise PlacementError(
-                    f"model {spec.name!r} asks for {ranks} ranks; the local backend runs one rank "
-                    "per model: set its parallel sizes and num_gpu to 1, or runtime.backend: ray"
-                )
+        check_local_sizes({s.name: s.num_replicas * s.layout.world_size for s in specs})
         self._owns_world = not dist.is_initialized()
         groups: dict[str, tuple[WorkerGroup, ...]] = {}
         for spec in specs:

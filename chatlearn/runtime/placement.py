@@ -20,6 +20,7 @@ __all__ = [
     "PlacementPlan",
     "WorkerPlace",
     "build_requests",
+    "check_local_sizes",
     "describe_placement",
     "plan_placement",
 ]
@@ -96,6 +97,23 @@ class PlacementPlan:
     num_nodes: int
     devices_per_node: int
     device_kind: str
+
+
+def check_local_sizes(num_ranks: Mapping[str, int]) -> None:
+    """Refuse what the `local` backend cannot run.
+
+    Args:
+        num_ranks: ranks by model, all replicas together.
+
+    Raises:
+        PlacementError: a model asks for more than one rank; names it.
+    """
+    for name, ranks in num_ranks.items():
+        if ranks > 1:
+            raise PlacementError(
+                f"model {name!r} asks for {ranks} ranks; the local backend runs one rank per "
+                "model: set its parallel sizes and num_gpu to 1, or runtime.backend: ray"
+            )
 
 
 def build_requests(

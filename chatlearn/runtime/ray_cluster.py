@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -124,6 +125,7 @@ def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) ->
     if ray.is_initialized():
         return
     address = os.environ["RAY_ADDRESS"]
+    _knock(address, timeout_s)
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(timeout_s)))
     try:
         with _kept_sigterm_handler():
@@ -140,6 +142,26 @@ def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) ->
             "its token in RAY_AUTH_TOKEN_PATH?"
         ) from error
     _await_nodes(int(os.environ.get("CHATLEARN_NUM_NODES") or 1), timeout_s)
+
+
+def _knock(address: str, timeout_s: float) -> None:
+    """See whether anybody listens there: Ray itself waits for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in address:
+        return
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=_POLL_S + 1).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise PlacementError(
+                    f"no Ray cluster answers at RAY_ADDRESS={address} within {timeout_s:g} s: "
+                    f"{error}"
+                ) from error
+            time.sleep(_POLL_S)
+        else:
+            return
 
 
 def _await_nodes(num_nodes: int, timeout_s: float) -> None:

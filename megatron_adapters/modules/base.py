@@ -52,7 +52,11 @@ class MegatronModule(BaseModule):
         seed = self.runtime_args.seed
         initialize_parallel_state(self.layout, self.device, seed)
         self.settings = build_settings(
-            self.name, self.module_args.megatron, self.layout, self.device
+            self.name,
+            self.module_args.megatron,
+            self.layout,
+            self.device,
+            is_generating=self.use_cache,
         )
         self.groups = read_groups(self.layout)
 

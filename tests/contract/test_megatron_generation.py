@@ -59,3 +59,13 @@ def test_responses_end_at_a_stop_token_or_at_the_limit(ranks):
     tokens, _ = generate(ranks, "one")
     assert all(ids[-1] == 5 or len(ids) == 9 for ids in tokens)
     assert all(5 not in ids[:-1] for ids in tokens)
+
+
+def test_a_policy_with_sequence_parallelism_generates_the_same(ranks):
+    tokens, _ = generate(ranks, "tp2", sequence_parallel=True)
+    assert tokens == generate(ranks, "one")[0]
+
+
+def test_a_policy_with_virtual_stages_is_refused_by_name(ranks):
+    with pytest.raises(AssertionError, match="a model that generates has no virtual stages"):
+        generate(ranks, "pp2", virtual_pipeline_model_parallel_size=2)

@@ -105,3 +105,9 @@ def test_the_first_update_after_a_rollout_has_a_ratio_of_one(ranks, name):
     first, second = ranks.run(world_size, cases.train_ppo, fields)[0]
     assert first["update_kl"] == 0.0
     assert second["update_kl"] > 1e-8
+
+
+def test_a_decaying_rate_needs_no_minimum(ranks):
+    fields = {"lr_decay_style": "cosine", "lr_decay_steps": 4}
+    steps = ranks.run(1, cases.train_supervised, fields, 3)[0]
+    assert steps[2][0] < steps[0][0]

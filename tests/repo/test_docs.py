@@ -83,6 +83,7 @@ def test_every_configuration_key_exists(name):
 def _program(name, folder):
     """The blocks of one page that are marked as runnable: together they are one program."""
     program = folder / "program.py"
+    (folder / "configs").symlink_to(ROOT / "configs")
     program.write_text("\n".join(RUNNABLE.findall((ROOT / name).read_text("utf-8"))), "utf-8")
     return [sys.executable, str(program)]
 
@@ -90,6 +91,7 @@ def _program(name, folder):
 @pytest.mark.parametrize(
     ("name", "last_words"),
     [
+        ("README.md", r"mean length at the end: [1-6]\."),
         ("docs/flows.md", r"right answers: 1\.0\n"),
         ("docs/adding-a-model.md", r"\[9, 2, 6, 5\] -> \[\d+"),
         ("docs/adding-an-algorithm.md", r"reward: 0\.\d+ -> 0\.[89]"),
@@ -101,7 +103,12 @@ def test_the_program_of_a_page_does_what_it_says(name, last_words, tmp_path):
 
 def test_every_page_with_a_program_is_tried():
     pages = [name for name in PAGE_NAMES if RUNNABLE.search((ROOT / name).read_text("utf-8"))]
-    assert pages == ["docs/adding-a-model.md", "docs/adding-an-algorithm.md", "docs/flows.md"]
+    assert pages == [
+        "README.md",
+        "docs/adding-a-model.md",
+        "docs/adding-an-algorithm.md",
+        "docs/flows.md",
+    ]
 
 
 def _run(command, folder):

@@ -104,7 +104,7 @@ def test_a_failed_run_exits_with_1(run):
         ("rollout", ["models.ecko.num_gpu=1"], "models.ecko: no flow calls a model of that name"),
         (
             "rollout",
-            ["models.echo.num_gpu=4", "--assume-devices", "2"],
+            ["models.echo.num_gpu=4", "runtime.backend=ray", "--assume-devices", "2"],
             "there are 2 (1 nodes x 2)",
         ),
         ("rollout", ["--assume-devices", "0"], "expected at least 1 assumed device, got 0"),
@@ -139,7 +139,7 @@ def test_ctrl_c_exits_with_130_and_sigterm_with_143(run):
 
 
 def test_overrides_may_stand_on_either_side_of_an_option(run):
-    first = run("check", "rollout", "models.echo.num_gpu=4", "--assume-devices", "4")
-    last = run("check", "rollout", "--assume-devices", "4", "models.echo.num_gpu=4")
+    first = run("check", "rollout", "runtime.backend=ray", "--assume-devices", "4")
+    last = run("check", "rollout", "--assume-devices", "4", "runtime.backend=ray")
     assert first[0] == 0
     assert last == first
