@@ -103,7 +103,8 @@ def match_nodes(
         if not fitting:
             raise PlacementError(
                 f"{len(keys)} devices of one node are planned together, but Ray has put the "
-                f"group's devices on nodes as {sizes}: free whole nodes, or set runtime.devices_per_node to what is free on each"
+                f"group's devices on nodes as {sizes}: free whole nodes, "
+                "or set runtime.devices_per_node to what is free on each"
             )
         chosen = free[min(fitting, key=lambda node: len(free[node]))]
         for key in sorted(keys):
