@@ -26,7 +26,7 @@ def initialize_weights(chunks: Sequence[Any], settings: "MegatronSettings", seed
     The deviation is `init_method_std`, for the projections back into the residual stream divided
     by sqrt(2 * num_layers) (Radford et al. 2019, GPT-2). A scalar head stays zero.
     """
-    from megatron_adapters.weight_description import describe_weights, weight_tensors
+    from megatron_adapters.weights.live_description import describe_weights, weight_tensors
 
     config = settings.transformer
     std = config.init_method_std

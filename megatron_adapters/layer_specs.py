@@ -8,13 +8,19 @@ import torch
 
 from megatron_adapters.attention import FusedAttention
 from megatron_adapters.norm import FusedNorm
+from megatron_adapters.weights.architecture import find_expert_layers
 
-__all__ = ["build_block_spec", "has_transformer_engine"]
+__all__ = ["build_block_spec", "has_transformer_engine", "is_transformer_engine_installed"]
 
 
 def has_transformer_engine(device: torch.device) -> bool:
     """Whether Transformer Engine is installed and the model lives on a GPU."""
-    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    return device.type == "cuda" and is_transformer_engine_installed()
+
+
+def is_transformer_engine_installed() -> bool:
+    """Whether this machine has Transformer Engine; it is not imported."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def build_block_spec(config: Any, vp_stage: int | None, *, use_cache: bool, use_te: bool) -> Any:
@@ -26,34 +32,51 @@ def build_block_spec(config: Any, vp_stage: int | None, *, use_cache: bool, use_
         use_cache: the model generates: attention must look up our key-value cache.
         use_te: make the layers of Transformer Engine's modules.
     """
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
     )
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    pattern = (False,) * config.num_layers
+    if config.num_moe_experts is not None:
+        pattern = find_expert_layers(config.moe_layer_freq, config.num_layers)
+    kinds = {pattern[number] for number in numbers}
+    layers = {
+        kind: _build_layer_spec(config, has_experts=kind, use_cache=use_cache, use_te=use_te)
+        for kind in kinds
+    }
+    norm: Any = FusedNorm
+    if use_te:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm = TENorm
+    specs = [layers[pattern[number]] for number in numbers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def _build_layer_spec(config: Any, *, has_experts: bool, use_cache: bool, use_te: bool) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
 
     options = {
-        "num_experts": config.num_moe_experts,
+        "num_experts": config.num_moe_experts if has_experts else None,
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "qk_layernorm": config.qk_layernorm,
     }
     if use_te:
         layer = get_gpt_layer_with_transformer_engine_spec(**options)
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        norm: Any = TENorm
         parts: Any = layer.submodules
         if use_cache:
             parts.self_attention.submodules.core_attention = FusedAttention
     else:
         layer = get_gpt_layer_local_spec(**options, normalization=config.normalization)
-        norm = FusedNorm
         _use_own_parts(layer, has_qk_norm=bool(config.qk_layernorm))
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+    return layer
 
 
 def _use_own_parts(layer: Any, *, has_qk_norm: bool) -> None:

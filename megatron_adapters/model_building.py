@@ -1,6 +1,6 @@
 """Builds the model chunks of this rank, with a language or a scalar head."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,10 +10,9 @@ from megatron_adapters.initialization import initialize_weights
 from megatron_adapters.layer_specs import build_block_spec, has_transformer_engine
 from megatron_adapters.model_config import MegatronSettings
 from megatron_adapters.parallel_state import read_groups
+from megatron_adapters.weights.architecture import Head
 
-__all__ = ["Head", "ScalarHead", "build_model", "unwrap"]
-
-Head = Literal["lm", "scalar"]
+__all__ = ["ScalarHead", "build_model", "unwrap"]
 
 
 class ScalarHead(nn.Module):

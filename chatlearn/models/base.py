@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chatlearn.errors import ChatLearnError, FlowError
+from chatlearn.errors import ChatLearnError, FlowError, SyncError
 from chatlearn.models.plain_weights import (
+    HUGGINGFACE,
+    describe_huggingface,
     describe_state_dict,
     load_state,
     save_state,
@@ -54,9 +56,13 @@ class BaseModule:
         policy_version: weight syncs received so far.
         needs_whole_episode: a trainer that sets this is shown all of an episode's batches, by
             `prepare_episode`, before its first update.
+        weight_naming: what the names in `weight_shards` are: `state_dict`, the model's own names;
+            `huggingface`, for a `transformers` model in `self.model`, so that a model with
+            another naming can sync with it. A backend has its own.
     """
 
     needs_whole_episode: bool = False
+    weight_naming: str = "state_dict"
 
     def __init__(self, name: str, args: Mapping[str, Any] | None = None) -> None:
         if not isinstance(name, str) or not name.isidentifier():  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -243,9 +249,47 @@ class BaseModule:
         taken, self._metrics = self._metrics, {}
         return taken
 
+    def planned_weight_shards(
+        self, config: ModelConfig, layout: ParallelLayout
+    ) -> tuple[tuple[TensorShard, ...], ...] | None:
+        """What `weight_shards` will say on each rank, told on the driver before any worker is up.
+
+        Args:
+            config: this model's section of the config.
+            layout: of one replica.
+
+        Returns:
+            Shards by rank; None where only the live module knows.
+        """
+        del config, layout
+        return None
+
     def weight_shards(self) -> tuple[TensorShard, ...]:
-        """Description of the weights of this rank, for weight sync."""
+        """Description of the weights of this rank, for weight sync, in `weight_naming`."""
+        if self.weight_naming == HUGGINGFACE:
+            return describe_huggingface(self.name, self.model)
         return describe_state_dict(self.name, self.model)
+
+    def weight_shards_in(self, naming: str) -> tuple[TensorShard, ...]:
+        """The weights of this rank as `weight_shards` tells them, in another naming.
+
+        Where two models differ in their naming, one of them must know the other's. The shards
+        speak of the same local tensors, so nothing is copied or converted.
+
+        Args:
+            naming: the `weight_naming` of the other model.
+
+        Raises:
+            SyncError: this module does not know the naming.
+            ConfigError: it knows it, but the model has weights that have no name there.
+        """
+        if naming == self.weight_naming:
+            return self.weight_shards()
+        raise SyncError(
+            f"model {self.name!r} cannot tell its weights in the naming {naming!r}, only in "
+            f"{self.weight_naming!r}: set weight_naming in {type(self).__name__} if these names "
+            "are those, or override weight_shards_in"
+        )
 
     def weight_tensors(self) -> Mapping[str, torch.Tensor]:
         """The live tensors that `weight_shards` speaks of, by local name."""

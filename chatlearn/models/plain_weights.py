@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from chatlearn.parallel.sharding import TensorShard
 
 __all__ = [
+    "HUGGINGFACE",
+    "describe_huggingface",
     "describe_state_dict",
     "load_state",
     "save_state",
     "state_file_name",
     "state_tensors",
 ]
+
+# The naming of weights that live `transformers` models have in common.
+HUGGINGFACE = "huggingface"
 
 
 def state_tensors(name: str, model: Any) -> Mapping[str, torch.Tensor]:
@@ -56,6 +61,24 @@ def describe_state_dict(name: str, model: Any) -> tuple[TensorShard, ...]:
         )
         for key, tensor in state_tensors(name, model).items()
     )
+
+
+def describe_huggingface(name: str, model: Any) -> tuple[TensorShard, ...]:
+    """As `describe_state_dict`, for a `transformers` model: tied weights are described once.
+
+    The name that counts is the one that the model ties others to (`model.embed_tokens.weight`).
+    """
+    tensors = state_tensors(name, model)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    aliases = {
+        alias
+        for alias, origin in tied.items()
+        if alias in tensors
+        and origin in tensors
+        and tensors[alias].data_ptr() == tensors[origin].data_ptr()
+    }
+    shards = describe_state_dict(name, model)
+    return tuple(shard for shard in shards if shard.key not in aliases)
 
 
 def state_file_name(layout: ParallelLayout, rank: int) -> str:

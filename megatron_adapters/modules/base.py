@@ -2,17 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from chatlearn.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from chatlearn.errors import ConfigError, DataError
 from chatlearn.models.base import BaseModule
+from chatlearn.models.plain_weights import HUGGINGFACE
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
 from megatron_adapters.batches import PaddedBatch, Rows, check_token_ids, pad_micro_batches
-from megatron_adapters.model_building import Head, build_model
+from megatron_adapters.layer_specs import (
+    has_transformer_engine,
+    is_transformer_engine_installed,
+)
+from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import MegatronSettings, build_settings
 from megatron_adapters.parallel_state import (
     ParallelGroups,
@@ -20,7 +25,14 @@ from megatron_adapters.parallel_state import (
     read_groups,
 )
 from megatron_adapters.training import TrainingState, build_training_state
-from megatron_adapters.weight_description import describe_weights, weight_tensors
+from megatron_adapters.weights import describe_layout
+from megatron_adapters.weights.architecture import Head
+from megatron_adapters.weights.huggingface import huggingface_renaming
+from megatron_adapters.weights.live_description import describe_weights, weight_tensors
+
+if TYPE_CHECKING:
+    from chatlearn.config import ModelConfig
+    from chatlearn.parallel.layout import ParallelLayout
 
 __all__ = ["MegatronModule"]
 
@@ -41,6 +53,7 @@ class MegatronModule(BaseModule):
     head: ClassVar[Head] = "lm"
     is_trained: ClassVar[bool] = False
     use_cache: ClassVar[bool] = False
+    weight_naming: str = "megatron"
 
     settings: MegatronSettings
     groups: ParallelGroups
@@ -115,8 +128,40 @@ class MegatronModule(BaseModule):
         """This rank's shards, by Megatron's own description."""
         return describe_weights(self.model, self.settings.shape.vocab_size)
 
+    def weight_shards_in(self, naming: str) -> tuple[TensorShard, ...]:
+        """This rank's shards in Megatron's naming or in that of `transformers`."""
+        if naming != HUGGINGFACE:
+            return super().weight_shards_in(naming)
+        renaming = huggingface_renaming(
+            self.module_args.megatron, head=self.head, use_te=has_transformer_engine(self.device)
+        )
+        return renaming.apply(self.weight_shards())
+
+    def planned_weight_shards(
+        self, config: "ModelConfig", layout: "ParallelLayout"
+    ) -> tuple[tuple[TensorShard, ...], ...] | None:
+        """By rank, from the config alone; None for a subclass that overrides `weight_shards`.
+
+        Transformer Engine names some weights differently. It is expected on the devices of the
+        workers if this machine has it.
+
+        Raises:
+            ConfigError: the layout cannot hold such a model, or a field is set whose effect on
+                the weights only the live module knows.
+        """
+        if type(self).weight_shards is not MegatronModule.weight_shards:
+            return None
+        is_on_cpu = config.num_gpu == 0 or config.num_cpu > 0
+        return describe_layout(
+            config.megatron,
+            layout,
+            head=self.head,
+            is_generating=self.use_cache,
+            use_te=is_transformer_engine_installed() and not is_on_cpu,
+        )
+
     def weight_tensors(self) -> Mapping[str, torch.Tensor]:
-        """This rank's parameters."""
+        """This rank's weights."""
         return weight_tensors(self.model)
 
     def save_checkpoint(self, iteration: int) -> None:

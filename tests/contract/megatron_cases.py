@@ -193,3 +193,51 @@ def load_critic(rank, fields, folder):
     heads = [tensor for name, tensor in names.items() if "output_layer" in name]
     body = [tensor for name, tensor in names.items() if "final_layernorm" in name]
     return [bool((head == 0).all()) for head in heads], [t.tolist() for t in body]
+
+
+def describe_live(rank, kind, fields):
+    """This rank's shards by Megatron's own description."""
+    return build_module(rank, kind, fields).weight_shards()
+
+
+def describe_live_latent(rank, fields):
+    """The same of a model with multi-latent attention, which only Megatron itself builds yet."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_adapters.attention import FusedAttention
+    from megatron_adapters.parallel_state import initialize_parallel_state
+    from megatron_adapters.weights.live_description import describe_weights
+
+    # Megatron-Core 0.16.1 believes here that Transformer Engine is installed.
+    multi_latent_attention.HAVE_TE = isinstance(multi_latent_attention.TELinear, type)
+    layout = layout_of(fields, torch.distributed.get_world_size())
+    initialize_parallel_state(layout, torch.device("cpu"), 7)
+    names = [name for name in fields if hasattr(MLATransformerConfig, name)]
+    config = MLATransformerConfig(
+        **{name: fields[name] for name in names},
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        rope_type="rope",
+        use_cpu_initialization=True,
+        pipeline_dtype=torch.float32,
+        bias_activation_fusion=False,
+    )
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    for layer in spec.layer_specs:
+        # Megatron's own local attention core refuses what its latent attention gives it.
+        layer.submodules.self_attention.submodules.core_attention = FusedAttention
+    stage = layout.coordinates(rank).pp_rank
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=fields["vocab_size"],
+        max_sequence_length=fields["max_sequence_length"],
+        pre_process=stage == 0,
+        post_process=stage == layout.pp_size - 1,
+        position_embedding_type="rope",
+    )
+    return describe_weights([model], fields["vocab_size"])

@@ -2,10 +2,12 @@
 
 import pytest
 
+from chatlearn.config import load_config
 from chatlearn.errors import ChatLearnError, ConfigError, FlowError
 from chatlearn.models.base import BaseModule
 from chatlearn.models.dotted_path import load_object
 from chatlearn.models.invoke import invoke, invoke_prepare_episode
+from chatlearn.parallel.layout import ParallelLayout
 
 
 class Model(BaseModule):
@@ -70,6 +72,11 @@ def test_metrics_are_handed_over_once_the_last_value_counts():
     module.log_metrics({"kl": 2, "loss": 3.5})
     assert module.take_metrics() == {"kl": 2.0, "loss": 3.5}
     assert module.take_metrics() == {}
+
+
+def test_a_plain_module_knows_its_weights_only_once_it_lives():
+    config = load_config({"models": {"policy": {}}}).model("policy")
+    assert BaseModule("policy").planned_weight_shards(config, ParallelLayout()) is None
 
 
 def test_a_weight_sync_sets_the_policy_version():

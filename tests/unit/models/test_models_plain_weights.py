@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from chatlearn.errors import ChatLearnError, CheckpointError
+from chatlearn.errors import ChatLearnError, CheckpointError, SyncError
 from chatlearn.models.base import BaseModule
 from chatlearn.models.plain_weights import (
+    describe_huggingface,
     describe_state_dict,
     load_state,
     save_state,
@@ -117,3 +118,35 @@ def test_a_module_on_the_driver_is_only_a_description():
     for name in ("context", "layout", "rank", "device", "module_args", "run_dir", "checkpoint_dir"):
         with pytest.raises(ChatLearnError, match="model 'policy' is only a description here"):
             getattr(module, name)
+
+
+class Tied(torch.nn.Module):
+    """Two layers; the model says, as transformers does, which weight may be tied to which."""
+
+    all_tied_weights_keys = {"head.weight": "embed.weight"}
+
+    def __init__(self, *, is_tied):
+        super().__init__()
+        self.head = torch.nn.Linear(2, 2, bias=False)
+        self.embed = torch.nn.Linear(2, 2, bias=False)
+        if is_tied:
+            self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("is_tied", "keys"), [(True, ["embed.weight"]), (False, ["head.weight", "embed.weight"])]
+)
+def test_tied_weights_are_described_once_under_the_name_they_are_tied_to(is_tied, keys):
+    shards = describe_huggingface("m", Tied(is_tied=is_tied))
+    assert [shard.key for shard in shards] == keys
+
+
+def test_a_module_tells_its_weights_in_its_own_naming_only():
+    module = BaseModule("m")
+    module.model = Tied(is_tied=True)
+    assert module.weight_shards_in("state_dict") == module.weight_shards()
+    assert len(module.weight_shards()) == 2
+    with pytest.raises(SyncError, match="in the naming 'huggingface', only in 'state_dict'"):
+        module.weight_shards_in("huggingface")
+    module.weight_naming = "huggingface"
+    assert len(module.weight_shards_in("huggingface")) == 1
