@@ -1,6 +1,5 @@
 """The attention core on torch's fused kernel, for training, scoring and generation."""
 
-import math
 from typing import Any
 
 import torch
@@ -104,19 +103,16 @@ class FusedAttention(nn.Module):
         keys, values = view.extend(self.layer_number, key, value)
         batch, heads, tokens, size = query.shape
         groups = keys.shape[1]
-        if tokens > 1:
-            return functional.scaled_dot_product_attention(
-                query,
-                keys,
-                values,
-                attn_mask=view.mask,
-                scale=self.softmax_scale,
-                enable_gqa=groups != heads,
-            )
-        # One new token: the query heads of a group become rows of one product with its keys.
-        scale = self.softmax_scale or 1.0 / math.sqrt(size)
-        rows = query.reshape(batch, groups, heads // groups, size)
-        scores = torch.matmul(rows.float(), keys.float().transpose(-1, -2)) * scale
-        scores = scores.masked_fill(~view.mask, float("-inf"))
-        context = torch.matmul(scores.softmax(-1), values.float()).to(query.dtype)
-        return context.reshape(batch, heads, 1, size)
+        if tokens == 1:
+            # The query heads of a group become rows of one product with its keys.
+            query = query.reshape(batch, groups, heads // groups, size)
+        # The same kernel as without a cache, so that bf16 rounds the same way in both.
+        context = functional.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=view.mask,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != groups,
+        )
+        return context.reshape(batch, heads, tokens, size)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from chatlearn.config.expert_layers import find_expert_layers
 from megatron_adapters.attention import FusedAttention
 from megatron_adapters.norm import FusedNorm
-from megatron_adapters.weights.architecture import find_expert_layers
 
 __all__ = ["build_block_spec", "has_transformer_engine", "is_transformer_engine_installed"]
 

@@ -47,14 +47,24 @@ class TrainLoss:
 
 
 def build_policy_loss(
-    algorithm: AlgorithmConfig, totals: BatchTotals, score: Scorer, *, kl_in_loss: bool
+    algorithm: AlgorithmConfig,
+    totals: BatchTotals,
+    score: Scorer,
+    *,
+    kl_in_loss: bool,
+    has_reference: bool,
 ) -> TrainLoss:
     """The clipped policy loss with entropy bonus and, if asked for, the KL to the reference.
 
     The batch's extras: `loss_mask`, `old_logprobs`, `rollout_logprobs`, `advantages` and, where
-    there is a reference, `ref_logprobs`, each [rows, length].
+    there is a reference, `ref_logprobs`, each [rows, length]. Besides the two losses it keeps
+    means over the trained tokens: the entropy, the share that is clipped, |ratio - 1|
+    (`ratio_gap`), the k3 KL to the old policy (`update_kl`) and to the reference (`kl`), and how
+    far the old log-probabilities are from the sampler's (`logprob_gap`).
     """
-    names = ("loss", "policy_loss", "entropy", "clip_fraction", "kl", "update_kl", "logprob_gap")
+    names = ("entropy", "clip_fraction", "ratio_gap", "update_kl", "logprob_gap")
+    if has_reference:
+        names = (*names, "kl")
     estimator = "k3" if algorithm.kl_estimator == "auto" else algorithm.kl_estimator
 
     def function(logits: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
@@ -77,18 +87,19 @@ def build_policy_loss(
             loss = loss + algorithm.kl_coef * (kl * weights).sum()
         means = compute_token_weights(mask, "token_mean", totals)
         current = logprobs.detach()
-        reference = extras.get("ref_logprobs", current)
-        per_token = (
+        per_token = [
             scores.entropy.detach(),
             policy.is_clipped.float(),
-            estimate_kl(current, reference, "k3"),
+            (policy.ratio - 1.0).abs(),
             estimate_kl(current, old_logprobs, "k3"),
             (old_logprobs - extras["rollout_logprobs"]).abs(),
-        )
+        ]
+        if has_reference:
+            per_token.append(estimate_kl(current, extras["ref_logprobs"], "k3"))
         kept = [loss.detach(), policy_loss.detach(), *((v * means).sum() for v in per_token)]
         return MicroBatchResult(loss, torch.stack(kept))
 
-    return TrainLoss(names, function)
+    return TrainLoss(("loss", "policy_loss", *names), function)
 
 
 def build_supervised_loss(totals: BatchTotals, score: Scorer, aggregation: str) -> TrainLoss:

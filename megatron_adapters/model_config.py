@@ -99,6 +99,8 @@ def build_settings(
     }
     if is_generating:
         transformer["sequence_parallel"] = False
+        # Each row of a decoding batch has positions of its own, which the fused kernels lack.
+        transformer["apply_rope_fusion"] = transformer["fused_single_qkv_rope"] = False
         if layout.vpp_size > 1:
             raise ConfigError(
                 f"models.{name}: a model that generates has no virtual stages: leave "

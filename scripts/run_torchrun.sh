@@ -9,7 +9,7 @@ usage: run_torchrun.sh CONFIG.yaml [key.path=value ...]
 
 Run it on every node. torchrun starts one process per node, and chatlearn.init() builds the Ray
 cluster from torchrun's environment: node 0 has Ray's head and the driver, the others join, and
-leave with the driver. A program calls chatlearn.init() before anything else.
+leave with the driver and its exit code. A program calls chatlearn.init() before anything else.
 
 environment:
   NODE_RANK                this node's number, from 0; 0 where unset
@@ -42,10 +42,11 @@ python="${PYTHON:-$root/.venv/bin/python}"
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-torchrun=("$python" -m torch.distributed.run
+# Not torchrun itself, which ends with 1 whatever the driver ended with.
+torchrun=("$python" -m chatlearn.runtime.torchrun
   --nnodes "$num_nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node 1
   --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}")
 if [[ "$1" == *.py ]]; then
-  exec "${torchrun[@]}" "$@"
+  exec "${torchrun[@]}" -- "$python" "$@"
 fi
-exec "${torchrun[@]}" -m chatlearn.cli.main train "$@"
+exec "${torchrun[@]}" -- "$python" -m chatlearn.cli.main train "$@"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatlearn.config import load_config
 from chatlearn.engine.engine import Engine
-from chatlearn.engine.from_config import build_engine, set_datasets
+from chatlearn.engine.from_config import build_engine
 from chatlearn.engine.state import init
 from chatlearn.errors import ConfigError
 
@@ -21,9 +21,7 @@ __all__ = ["run_check", "run_eval", "run_train"]
 def run_train(arguments: argparse.Namespace) -> None:
     """`chatlearn train CONFIG [key.path=value ...]`."""
     config = init(arguments.config, arguments.overrides)
-    engine = build_engine(config)
-    set_datasets(engine, config)
-    result = engine.learn()
+    result = build_engine(config).learn()
     sys.stdout.write(f"run folder: {result.run_dir}\n")
 
 
@@ -33,7 +31,6 @@ def run_eval(arguments: argparse.Namespace) -> None:
     engine = build_engine(config)
     if engine.evaluator is None:
         raise ConfigError(f"engine {engine.name!r} has no evaluator: nothing to evaluate")
-    set_datasets(engine, config)
     evaluation = Engine(None, None, engine.evaluator, name="eval")
     if not engine.evaluator.datasets:
         evaluation.set_multiple_datasets(engine.datasets)

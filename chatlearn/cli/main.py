@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from chatlearn.errors import ChatLearnError, ConfigError, FlowError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["main"]
+__all__ = ["main", "run_to_exit_code"]
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
@@ -35,13 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         # As with `python -m`: modules that a config names are found from the current folder.
         sys.path.insert(0, os.getcwd())
-    # Commands import torch and ray; --help and --version do not wait for them.
-    from chatlearn.cli.commands import run_check, run_eval, run_train
+    return run_to_exit_code(lambda: _run_command(parsed))
+
+
+def run_to_exit_code(action: Callable[[], object]) -> int:
+    """Do something and turn how it ends into a message and an exit code.
+
+    Args:
+        action: what to do; its result is dropped.
+
+    Returns:
+        See `main`.
+    """
     from chatlearn.engine.run import Terminated
 
-    commands = {"train": run_train, "eval": run_eval, "check": run_check}
     try:
-        commands[parsed.command](parsed)
+        action()
     except KeyboardInterrupt:
         _say("interrupted")
         return EXIT_INTERRUPTED
@@ -55,6 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return EXIT_FAILED
     return 0
+
+
+def _run_command(parsed: argparse.Namespace) -> None:
+    # Commands import torch and ray; --help and --version do not wait for them.
+    from chatlearn.cli.commands import run_check, run_eval, run_train
+
+    commands = {"train": run_train, "eval": run_eval, "check": run_check}
+    commands[parsed.command](parsed)
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

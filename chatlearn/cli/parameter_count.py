@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.config.expert_layers import find_expert_layers
 from chatlearn.config.model_fields import MODEL_FIELDS
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def count_parameters(fields: Mapping[str, Any], *, has_scalar_head: bool) -> int
     else:
         head = given["vocab_size"] * hidden * bool(given["untie_embeddings_and_output_weights"])
     norm = _norm_size(given, hidden)
-    layer = _count_attention(given) + _count_feed_forward(given) + 2 * norm
-    return embedding + given["num_layers"] * layer + norm + head
+    layer = _count_attention(given) + 2 * norm
+    layers = given["num_layers"] * layer + _count_feed_forward(given)
+    return embedding + layers + norm + head
 
 
 def parameter_bytes(fields: Mapping[str, Any]) -> int:
@@ -68,15 +70,20 @@ def _count_attention(given: Mapping[str, Any]) -> int:
 
 
 def _count_feed_forward(given: Mapping[str, Any]) -> int:
-    hidden = given["hidden_size"]
-    dense = given.get("ffn_hidden_size") or 4 * hidden
+    """The MLPs of all layers, those of a mixture of experts with their router."""
+    hidden, num_layers = given["hidden_size"], given["num_layers"]
+    width = given.get("ffn_hidden_size") or 4 * hidden
+    dense = _count_mlp(given, width)
     experts = given.get("num_moe_experts")
     if not experts:
-        return _count_mlp(given, dense)
-    count = hidden * experts
-    count += experts * _count_mlp(given, given.get("moe_ffn_hidden_size") or dense)
+        return num_layers * dense
+    sparse = hidden * experts
+    sparse += experts * _count_mlp(given, given.get("moe_ffn_hidden_size") or width)
     shared = given.get("moe_shared_expert_intermediate_size")
-    return count + (_count_mlp(given, shared) if shared else 0)
+    sparse += _count_mlp(given, shared) if shared else 0
+    sparse += hidden if shared and given.get("moe_shared_expert_gate") else 0
+    num_sparse = sum(find_expert_layers(given.get("moe_layer_freq") or 1, num_layers))
+    return num_sparse * sparse + (num_layers - num_sparse) * dense
 
 
 def _count_mlp(given: Mapping[str, Any], width: int) -> int:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chatlearn.cli.parameter_count import count_parameters, parameter_bytes
+from chatlearn.engine.files import find_missing_data
 from chatlearn.flow.graph import describe_graph
 from chatlearn.runtime.placement import describe_placement
 
@@ -58,7 +59,14 @@ def print_plan(
     header = ("node", "devices", "models")
     _print_table(console, "devices", header, _device_rows(placement))
     _print_syncs(console, plan, config)
-    console.print("ok: nothing was started")
+    runtime = config.runtime
+    missing = find_missing_data("runtime.data_path", runtime.data_path)
+    missing += find_missing_data("runtime.eval_data_path", runtime.eval_data_path)
+    missing += plan.missing_files
+    if missing:
+        _print_table(console, "files that a run needs", ("missing",), [(line,) for line in missing])
+    found = f"; {len(missing)} files are missing" if missing else ""
+    console.print(f"ok: nothing was started{found}", markup=False)
 
 
 def _print_table(

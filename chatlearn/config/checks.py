@@ -27,6 +27,12 @@ def find_contradictions(config: Config) -> list[str]:
     problems = [line for name, model in config.models.items() for line in _check_model(name, model)]
     problems.extend(_check_batches(config.runtime))
     problems.extend(_check_colocation(config))
+    given = config.runtime_env.model_fields_set
+    if given and config.runtime.backend == "local":
+        problems.append(
+            f"runtime_env: {', '.join(sorted(given))} is for workers of the ray backend; with "
+            "runtime.backend: local the models live in this process: set it up before it starts"
+        )
     return problems
 
 

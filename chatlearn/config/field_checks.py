@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.config.expert_layers import find_expert_layers
+from chatlearn.config.refused_fields import find_refused_fields, why_refused
+from chatlearn.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -11,42 +15,43 @@ if TYPE_CHECKING:
 
 __all__ = ["find_bad_fields"]
 
-# Fields that the adapters do not carry out, with what to do instead.
-_NOT_YET = {
-    "calculate_per_token_loss": "losses are already means over the global batch's tokens",
-    "embedding_init_method_std": "use init_method_std",
-    "experimental_attention_variant": "leave it out",
-    "fp4": "use bf16",
-    "fp8": "use bf16",
-    "fp16": "use bf16",
-    "mtp_num_layers": "leave it out",
-    "multi_latent_attention": "leave it out",
-    "overlap_param_gather": "weight sync must see whole parameters; leave it out",
-    "qk_clip": "leave it out",
-    "qk_l2_norm": "use qk_layernorm",
-    "rotary_scaling_factor": "use rotary_base",
-    "use_megatron_fsdp": "use use_distributed_optimizer",
-}
 _CHOICES = {
     "lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     "lr_wsd_decay_style": ("linear", "cosine", "exponential", "minus_sqrt"),
+    "moe_token_dispatcher_type": ("alltoall", "allgather"),
     "normalization": ("RMSNorm", "LayerNorm"),
     "optimizer": ("adam", "sgd"),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
     "recompute_granularity": ("full", "selective"),
+    "recompute_method": ("uniform", "block"),
 }
 _POSITIVE = (
     "ffn_hidden_size",
     "hidden_size",
     "kv_channels",
     "max_sequence_length",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
     "num_attention_heads",
     "num_layers",
     "num_moe_experts",
     "num_query_groups",
+    "recompute_num_layers",
     "vocab_size",
 )
-_NOT_NEGATIVE = ("clip_grad", "lr", "lr_warmup_steps", "min_lr", "weight_decay")
+_NOT_NEGATIVE = (
+    "adam_eps",
+    "clip_grad",
+    "init_method_std",
+    "layernorm_epsilon",
+    "lr",
+    "lr_warmup_steps",
+    "min_lr",
+    "weight_decay",
+)
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "attention_dropout", "hidden_dropout")
+# Megatron-Core 0.16.1's default.
+_MEGATRON_TOPK = 2
 _REQUIRED = (
     "num_layers",
     "hidden_size",
@@ -59,11 +64,7 @@ _REQUIRED = (
 def find_bad_fields(path: str, model: ModelConfig) -> Iterator[str]:
     """One line for each field that cannot be; `path` is `models.<name>`."""
     fields: Mapping[str, Any] = model.megatron
-    for key, remedy in _NOT_YET.items():
-        if fields.get(key):
-            yield f"{path}: {key} is not supported yet: {remedy}"
-    if fields.get("perform_initialization") is False:
-        yield f"{path}: perform_initialization=false breaks the gradient norm: leave it out"
+    yield from find_refused_fields(path, fields)
     for key, choices in _CHOICES.items():
         value = fields.get(key)
         if value is not None and value not in choices:
@@ -73,11 +74,18 @@ def find_bad_fields(path: str, model: ModelConfig) -> Iterator[str]:
         least = 1 if key in _POSITIVE else 0
         if isinstance(value, int | float) and value < least:
             yield f"{path}.{key}: got {value}, expected {least} or more"
+    for key in _BELOW_ONE:
+        value = fields.get(key)
+        if value is not None and not 0 <= value < 1:
+            yield f"{path}.{key}: got {value}, expected 0 or more and less than 1"
     if model.module is not None and model.module.startswith("megatron_adapters"):
         missing = [key for key in _REQUIRED if fields.get(key) is None]
         if missing:
             yield f"{path}: a Megatron model needs {', '.join(missing)}"
     yield from _check_schedule(path, fields)
+    yield from _check_rotation(path, fields)
+    yield from _check_experts(path, fields)
+    yield from _check_recompute(path, fields)
 
 
 def _check_schedule(path: str, fields: Mapping[str, Any]) -> Iterator[str]:
@@ -89,3 +97,60 @@ def _check_schedule(path: str, fields: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path}: lr_decay_style={style} needs lr_decay_steps"
     if style == "WSD" and fields.get("lr_wsd_decay_steps") is None:
         yield f"{path}: lr_decay_style=WSD needs lr_wsd_decay_steps"
+
+
+def _check_rotation(path: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    if (fields.get("position_embedding_type") or "rope") != "rope":
+        return
+    share = fields.get("rotary_percent")
+    share = 1.0 if share is None else share
+    if not 0 < share <= 1:
+        yield f"{path}.rotary_percent: got {share}, expected more than 0 and at most 1"
+        return
+    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+    size = fields.get("kv_channels") or (hidden // heads if heads and hidden else None)
+    if size and (int(size * share) % 2 or int(size * share) < 1):
+        yield (
+            f"{path}: rope turns pairs of numbers, and kv_channels x rotary_percent = {size} x "
+            f"{share:g} = {int(size * share)} is not even: change kv_channels (unset: hidden_size "
+            "/ num_attention_heads) or position_embedding_type"
+        )
+
+
+def _check_experts(path: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    experts = fields.get("num_moe_experts")
+    if not experts:
+        for key in fields:
+            if key.startswith("moe_") and fields[key] and why_refused(key) is None:
+                yield f"{path}: {key} needs num_moe_experts"
+        return
+    chosen = fields.get("moe_router_topk")
+    chosen = _MEGATRON_TOPK if chosen is None else chosen
+    if chosen > experts:
+        yield f"{path}: moe_router_topk={chosen} is more than num_moe_experts={experts}"
+    layers = fields.get("num_layers")
+    if layers:
+        frequency = fields.get("moe_layer_freq")
+        try:
+            find_expert_layers(1 if frequency is None else frequency, layers)
+        except ConfigError as error:
+            yield f"{path}: {error}"
+
+
+def _check_recompute(path: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    granularity = fields.get("recompute_granularity")
+    method, count = fields.get("recompute_method"), fields.get("recompute_num_layers")
+    if granularity == "full" and (method is None or count is None):
+        yield (
+            f"{path}: recompute_granularity=full needs recompute_method (uniform or block) and "
+            "recompute_num_layers"
+        )
+    if granularity != "full" and (method is not None or count is not None):
+        yield (
+            f"{path}: recompute_method and recompute_num_layers need recompute_granularity=full, "
+            f"got {granularity}"
+        )
+    if granularity == "full" and fields.get("recompute_modules"):
+        yield f"{path}: recompute_modules needs recompute_granularity=selective, got full"
+    if fields.get("distribute_saved_activations") and fields.get("sequence_parallel"):
+        yield f"{path}: distribute_saved_activations and sequence_parallel exclude each other"

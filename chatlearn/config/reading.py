@@ -51,10 +51,15 @@ def read_source(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     the working directory.
 
     Raises:
-        ConfigError: missing file, bad YAML, an include cycle, an unset variable.
+        ConfigError: neither of these, missing file, bad YAML, an include cycle, an unset variable.
     """
     if isinstance(source, Mapping):
         return cast("dict[str, Any]", _expand(_plain(source), ""))
+    if not isinstance(source, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"the config is a {type(source).__name__}; expected the path of a YAML file or a "
+            "mapping of sections"
+        )
     return _read_file(Path(source), ())
 
 

@@ -15,8 +15,15 @@ __all__ = [
     "RuntimeEnvConfig",
 ]
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+
+def _as_number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a whole number")
+    return value
+
+
+Count = Annotated[int, Field(ge=0), BeforeValidator(_as_number)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_as_number)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -211,7 +218,10 @@ class RuntimeConfig(_Section):
     )
     debug: bool = Field(default=False, description="check invariants that cost time")
     stream_data_loader_type: Literal["fixed", "dynamic"] = Field(
-        default="fixed", description="fixed: train while rollouts run; dynamic: once all are there"
+        default="fixed",
+        description="fixed: train while rollouts run, unless the whole episode has to be there "
+        "(PPO or GRPO with `algorithm.old_logprobs: recompute`, or a sample manager); dynamic: "
+        "once all are there",
     )
     max_relay_episode: Annotated[int, Field(ge=-1)] = Field(
         default=0, description="episodes kept for a sample manager; -1: all, 0: the current one"

@@ -25,13 +25,22 @@ class EpisodeRelayBuffer:
 
 
 class RelaySampleManager:
-    """Decides what becomes of the last episodes' samples; subclass it and override `__call__`."""
+    """Decides what becomes of the last episodes' samples; subclass it and override `__call__`.
+
+    Attributes:
+        uses_past_episodes: False where `__call__` looks at the newest episode only; then a
+            `runtime.max_relay_episode` that keeps others is refused.
+    """
+
+    uses_past_episodes: bool = True
 
     def __init__(self) -> None:
         self._metrics: dict[str, float] = {}
 
     def __call__(self, episodes: Sequence[EpisodeRelayBuffer]) -> list[dict[str, Any]]:
         """The rows to train on; the default trains on the newest episode as it is.
+
+        Without any row the episode is not trained on.
 
         Args:
             episodes: the kept episodes, oldest first; the last is the current one.
@@ -79,22 +88,34 @@ def identify_rows(rows: Sequence[Mapping[str, Any]]) -> dict[RowId, dict[str, An
     A row keeps its `row_id`; where a row occurs again, or has none, it gets a fresh id.
 
     Raises:
-        DataError: there is no row, or one is no mapping.
+        DataError: it gave no list of rows, or one is no mapping or has something else as its id.
     """
-    if not rows:
-        raise DataError("the sample manager gave no rows: there is nothing to train on")
+    if not isinstance(rows, Sequence) or isinstance(rows, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DataError(f"the sample manager gave {type(rows).__name__}; expected a list of rows")
     found: dict[RowId, dict[str, Any]] = {}
-    own_ids = (row.get("row_id") for row in rows if isinstance(row, Mapping))  # pyright: ignore[reportUnnecessaryIsInstance]
-    given = {row_id for row_id in own_ids if isinstance(row_id, tuple)}
+    own_ids = [_read_id(row) for row in rows]
+    given = set(own_ids)
     fresh_ids = (RowId(-at, 0) for at in count(1))
-    for row in rows:
-        if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise DataError(
-                f"the sample manager gave a row of type {type(row).__name__}; expected a dict"
-            )
+    for row, own_id in zip(rows, own_ids, strict=True):
         columns = {key: value for key, value in row.items() if key != "row_id"}
-        row_id = row.get("row_id")
-        if not isinstance(row_id, tuple) or row_id in found:
+        row_id = own_id
+        if row_id is None or row_id in found:
             row_id = next(fresh for fresh in fresh_ids if fresh not in given)
-        found[RowId(*row_id)] = columns
+        found[row_id] = columns
     return found
+
+
+def _read_id(row: object) -> RowId | None:
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"the sample manager gave a row of type {type(row).__name__}; expected a dict"
+        )
+    row_id = row.get("row_id")
+    if row_id is None:
+        return None
+    if isinstance(row_id, tuple) and [type(part) for part in row_id] == [int, int]:
+        return RowId(*row_id)
+    raise DataError(
+        f"the sample manager gave a row with row_id={row_id!r}; expected the row_id of a sample, a "
+        "pair of integers, or none for a new row"
+    )

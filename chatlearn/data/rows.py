@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from copy import deepcopy
 from dataclasses import dataclass
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from chatlearn.data.copying import copy_tensor, copy_value
 from chatlearn.data.packing import pack_column, unpack_column
 from chatlearn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["NamedInput", "RowBatch", "RowId", "join_inputs"]
+__all__ = ["NamedInput", "RowBatch", "RowId", "is_same_content", "join_inputs"]
 
 _SHOWN = 5
 
@@ -82,11 +83,15 @@ class RowBatch:
 
     @classmethod
     def from_output(cls, row_ids: Sequence[RowId], output: Any, producer: str) -> RowBatch:
-        """Cut a method's output (values with a leading batch axis) into rows.
+        """Cut a method's output (values with a leading batch axis) into rows of their own.
+
+        Nothing is shared with the output: the module may go on changing what it gave, such as a
+        buffer that it uses again, or its weights.
 
         Raises:
-            DataError: not a mapping of str to tensors or sequences, or a column whose length is
-                not the number of rows; names `producer` and the column.
+            DataError: not a mapping of str to tensors or sequences, a column whose length is not
+                the number of rows, or one that holds something that cannot be copied; names
+                `producer` and the column.
         """
         if not isinstance(output, Mapping):
             raise DataError(
@@ -106,7 +111,7 @@ class RowBatch:
         Columns whose values are tensors of one shape and dtype become [rows, ...] tensors;
         every other column stays a list.
         """
-        return {key: _stack(values) for key, values in self.columns.items()}
+        return {key: _stack(values, f"column {key!r}") for key, values in self.columns.items()}
 
     def select(self, row_ids: Sequence[RowId]) -> RowBatch:
         """The given rows in the given order.
@@ -138,7 +143,8 @@ class RowBatch:
         for part in parts:
             if part.columns.keys() != keys:
                 raise DataError(
-                    f"batches have different columns: {sorted(keys)} and {sorted(part.columns)}"
+                    f"batches have different columns: {sorted(keys)} and {sorted(part.columns)}: "
+                    "give every row the same columns"
                 )
         row_ids = tuple(row_id for part in parts for row_id in part.row_ids)
         _check_single(row_ids)
@@ -203,14 +209,14 @@ def _check_same(
     producers: tuple[str, str],
 ) -> None:
     for row_id, one, other in zip(row_ids, first, second, strict=True):
-        if one is not other and not _is_same(one, other):
+        if one is not other and not is_same_content(one, other):
             raise DataError(
                 f"{producers[0]} and {producers[1]} both give the key {key!r}, with different "
                 f"content (first at row {row_id}): rename it in one of them"
             )
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def is_same_content(one: Any, other: Any) -> bool:
     """Equal content: tensors and arrays by dtype, shape and value, NaN equal to NaN."""
     import numpy as np
     import torch
@@ -219,11 +225,13 @@ def _is_same(one: Any, other: Any) -> bool:
         if isinstance(one, kind) or isinstance(other, kind):
             return isinstance(one, kind) and isinstance(other, kind) and is_equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(
+            is_same_content(one[key], other[key]) for key in one
+        )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if type(one) is not type(other) or len(one) != len(other):
             return False
-        return all(_is_same(a, b) for a, b in zip(one, other, strict=True))
+        return all(is_same_content(a, b) for a, b in zip(one, other, strict=True))
     return bool(one == other) or bool(one != one and other != other)
 
 
@@ -253,7 +261,7 @@ def _cut_column(value: Any, num_rows: int, what: str) -> list[Any]:
                 f"{what} is a tensor of shape {tuple(value.shape)}; expected a first axis of "
                 f"{num_rows}, one entry per row"
             )
-        return list(value.detach().cpu().unbind(0))
+        return list(copy_tensor(value).unbind(0))
     is_scalar = not hasattr(value, "__len__") or getattr(value, "shape", None) == ()
     if is_scalar or isinstance(value, str | bytes | Mapping | Set):
         raise DataError(
@@ -262,29 +270,27 @@ def _cut_column(value: Any, num_rows: int, what: str) -> list[Any]:
         )
     if len(value) != num_rows:
         raise DataError(f"{what} has {len(value)} entries; expected {num_rows}, one per row")
-    return [v.detach().cpu() if isinstance(v, torch.Tensor) else v for v in value]
+    return _copy_entries(value, what)
 
 
-def _stack(values: list[Any]) -> Any:
+def _stack(values: list[Any], what: str) -> Any:
     import torch
 
     if values and all(isinstance(value, torch.Tensor) for value in values):
         first = values[0]
         if all(value.shape == first.shape and value.dtype == first.dtype for value in values):
             return torch.stack(values)
-    return [_copy(value) for value in values]
+    return _copy_entries(values, what)
 
 
-def _copy(value: Any) -> Any:
-    """A value that its new owner may change; the producer's stays as it is."""
-    import numpy as np
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    return deepcopy(value) if isinstance(value, list | dict | set) else value
+def _copy_entries(values: Iterable[Any], what: str) -> list[Any]:
+    try:
+        return [copy_value(value) for value in values]
+    except (TypeError, AttributeError, PicklingError) as error:
+        raise DataError(
+            f"{what} holds what cannot be copied or sent to another process: {error}; give "
+            "tensors, arrays, numbers, texts, or lists, tuples and dicts of them"
+        ) from error
 
 
 def _list_rows(row_ids: Sequence[RowId]) -> str:

@@ -34,7 +34,8 @@ class RLHFEngine(Engine):
             policy_out = policy.forward_step(batch)
             ref_out = reference.forward_step(policy_out)
             value_out = value.forward_step(policy_out)
-            return reward.forward_step(policy_out, ref_out, value_out)
+            reward_out = reward.forward_step(policy_out, ref_out, value_out)
+            return value_out, reward_out  # the reward need not pass `values` on
 
         def trainer_flow(batch: Any) -> None:
             policy_trainer.train_step(batch)
@@ -134,8 +135,14 @@ def _scored_rollout(
     return Environment(env_flow), Trainer(trainer_flow)
 
 
+class _ScoredEvaluation(Evaluator):
+    """The policy's answers with their rewards, where there is evaluation data."""
+
+    is_optional = True
+
+
 def _scored_evaluation(policy: BaseModule, reward: BaseModule) -> Evaluator:
     def eval_flow(batch: Any) -> Any:
         return reward.eval_step(policy.eval_step(batch))
 
-    return Evaluator(eval_flow)
+    return _ScoredEvaluation(eval_flow)

@@ -56,7 +56,13 @@ class Evaluator(_Component):
     """K models run over an evaluation data set, each row once.
 
     Override `post_process` to compute metrics of your own.
+
+    Attributes:
+        is_optional: where there is no evaluation data the flow is not looked at, so its models
+            need none of its methods; otherwise that is worth a warning.
     """
+
+    is_optional: bool = False
 
     def post_process(
         self, results: Mapping[str, list[dict[str, Any]]], eval_info: Mapping[str, int]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any, Self
 
+from chatlearn.data.prompts import read_prompts
 from chatlearn.engine.components import (
     Environment,
     Evaluator,
@@ -11,6 +13,8 @@ from chatlearn.engine.components import (
     Trainer,
     check_dataset,
 )
+from chatlearn.engine.effects import check_effects
+from chatlearn.engine.files import find_missing_data
 from chatlearn.engine.planning import plan_flows, plan_run
 from chatlearn.engine.state import current_config
 from chatlearn.errors import ConfigError
@@ -54,6 +58,7 @@ class Engine:
         self.parameter_syncs: list[ParameterSync] = []
         self.sample_manager: Callable[[Sequence[Any]], list[dict[str, Any]]] | None = None
         self._datasets: tuple[Sequence[Any], ...] = ()
+        self._eval_datasets: tuple[Sequence[Any], ...] = ()
         self.set_environment(environment).set_trainer(trainer).set_evaluator(evaluator)
 
     def set_environment(self, environment: Environment | None) -> Self:
@@ -110,9 +115,22 @@ class Engine:
         return next((part.datasets for part in parts if part is not None and part.datasets), ())
 
     @property
+    def eval_datasets(self) -> tuple[Sequence[Any], ...]:
+        """The prompts to evaluate: the evaluator's; the engine's where it only evaluates."""
+        own = self.evaluator.datasets if self.evaluator is not None else ()
+        return own or self._eval_datasets or (() if self.datasets_needed else self._datasets)
+
+    @property
     def datasets_needed(self) -> bool:
         """Whether there is something to roll out or train; otherwise it is all evaluation."""
         return self.environment is not None or self.trainer is not None
+
+    def active_evaluator(self, config: Config) -> Evaluator | None:
+        """The evaluator that a run with this configuration has; an optional one only with data."""
+        evaluator = self.evaluator
+        if evaluator is None or not evaluator.is_optional or not self.datasets_needed:
+            return evaluator
+        return evaluator if self.eval_datasets or config.runtime.eval_data_path else None
 
     def plan(
         self, config: Config, assume_devices: int | None = None, *, may_join: bool = True
@@ -125,25 +143,47 @@ class Engine:
             may_join: join the cluster of `RAY_ADDRESS` to count its devices.
 
         Raises:
-            ConfigError: the config and the flows do not fit together.
+            ConfigError: the config and the flows do not fit together, or something that was set
+                cannot have an effect.
             FlowError: a flow that cannot work.
         """
-        flows = plan_flows(
-            self.environment, self.trainer, self.evaluator, tuple(self.parameter_syncs)
-        )
+        evaluator, syncs = self.active_evaluator(config), tuple(self.parameter_syncs)
+        flows = plan_flows(self.environment, self.trainer, evaluator, syncs)
+        check_effects(self, config)
         return plan_run(flows, config, assume_devices, may_join=may_join)
 
     def learn(self) -> RunResult:
         """Run the episodes of the configuration; every worker is gone when this returns.
 
+        Where no data set was set, `runtime.data_path` and `runtime.eval_data_path` are read.
+
         Raises:
             ConfigError: the configuration cannot work; nothing was started.
+            DataError: there is no data set, or a file cannot be read.
             WorkerError: a worker raised or died.
             ChatLearnError: anything else that stops the run.
         """
         from chatlearn.engine.run import run_engine
 
-        return run_engine(self, current_config())
+        config = current_config()
+        return run_engine(self._with_data(config), config)
+
+    def _with_data(self, config: Config) -> Self:
+        """A copy with the data of the config's paths where the program set none."""
+        found, runtime = copy(self), config.runtime
+        if runtime.eval_data_path and self.evaluator is not None and not self.evaluator.datasets:
+            found._eval_datasets = _read_files("runtime.eval_data_path", runtime.eval_data_path)
+        is_needed = self.datasets_needed or not found.eval_datasets
+        if runtime.data_path and is_needed and not self.datasets:
+            found._datasets = _read_files("runtime.data_path", runtime.data_path)
+        return found
+
+
+def _read_files(key: str, paths: Sequence[str]) -> tuple[Sequence[Any], ...]:
+    missing = find_missing_data(key, paths)
+    if missing:
+        raise ConfigError("\n  ".join(["files are missing:", *missing]))
+    return tuple(read_prompts(path) for path in paths)
 
 
 def _checked(part: Any, kind: type) -> Any:

@@ -9,24 +9,23 @@ if TYPE_CHECKING:
 
     from chatlearn.flow.execute import StageRecord
 
-__all__ = ["WeightedMeans", "summarize_records", "wall_seconds"]
+__all__ = ["WeightedMeans", "average_workers", "summarize_records", "wall_seconds"]
 
 
 class WeightedMeans:
-    """Means by name, added up value by value."""
+    """Means by name, of values that each stand for some rows."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
+        self._values: dict[str, list[tuple[float, float]]] = {}
 
     def add(self, metrics: Mapping[str, float], weight: float, prefix: str = "") -> None:
         """Count each metric with `weight` (rows that it stands for)."""
         for name, value in metrics.items():
-            total, weights = self._sums.get(prefix + name, (0.0, 0.0))
-            self._sums[prefix + name] = (total + float(value) * weight, weights + weight)
+            self._values.setdefault(prefix + name, []).append((float(value), weight))
 
     def result(self) -> dict[str, float]:
-        """The means, by name."""
-        return {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+        """The means, by name; equal weights where no value of a name stands for a row."""
+        return {name: _mean(values) for name, values in self._values.items()}
 
 
 def summarize_records(records: Sequence[StageRecord], area: str) -> dict[str, float]:
@@ -37,21 +36,56 @@ def summarize_records(records: Sequence[StageRecord], area: str) -> dict[str, fl
         area: first part of the names, such as `rollout` or `train`.
 
     Returns:
-        Row-weighted means of what modules logged as `area/model/name`, of what their rows show as
-        `area/name`, and the busy seconds of each stage as `time/area/model.method` (the longest
-        lane's).
+        Row-weighted means of what modules logged as `area/model/name`, of what the flow's rows
+        show in the end as `area/name`, and the busy seconds of each stage as
+        `time/area/model.method` (the longest lane's).
     """
     means = WeightedMeans()
     busy: dict[str, dict[str, float]] = {}
+    producers = _final_producers(records)
     for record in records:
         report = record.report
-        weight = float(max(report.num_rows, 1))
+        weight = float(report.num_rows)
         means.add(report.metrics, weight, f"{area}/{record.model_name}/")
-        means.add(report.row_statistics, weight, f"{area}/")
+        shown = {k: v for k, v in report.row_statistics.items() if producers[k] == record.position}
+        means.add(shown, weight, f"{area}/")
         lanes = busy.setdefault(f"time/{area}/{record.model_name}.{record.method_name}", {})
         lanes[record.lane] = lanes.get(record.lane, 0.0) + report.end_s - report.start_s
     seconds = {name: max(lanes.values()) for name, lanes in busy.items()}
     return {**means.result(), **seconds}
+
+
+def average_workers(
+    found: Mapping[str, Iterable[Mapping[str, float]]], area: str
+) -> dict[str, float]:
+    """Means over the workers that logged a name, as `area/model/name`.
+
+    Args:
+        found: for each model what its workers logged, one mapping each.
+        area: first part of the names.
+    """
+    means = WeightedMeans()
+    for model_name, workers in found.items():
+        for metrics in workers:
+            means.add(metrics, 1.0, f"{area}/{model_name}/")
+    return means.result()
+
+
+def _mean(values: Sequence[tuple[float, float]]) -> float:
+    weights = sum(weight for _, weight in values)
+    if not weights:
+        return sum(value for value, _ in values) / len(values)
+    # A value without rows may be 0 / 0.
+    return sum(value * weight for value, weight in values if weight) / weights
+
+
+def _final_producers(records: Iterable[StageRecord]) -> dict[str, tuple[bool, int]]:
+    """For each row statistic the position of the last call that made its column."""
+    found: dict[str, tuple[bool, int]] = {}
+    for record in records:
+        for name in record.report.row_statistics:
+            found[name] = max(found.get(name, record.position), record.position)
+    return found
 
 
 def wall_seconds(records: Iterable[StageRecord]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from chatlearn.data.prompts import read_prompts
 from chatlearn.engine.builtin import (
     DPOEngine,
     EvalEngine,
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from chatlearn.config import Config
 
-__all__ = ["build_engine", "set_datasets"]
+__all__ = ["build_engine"]
 
 _BUILT_IN: Mapping[str, Callable[..., Engine]] = {
     "rlhf": RLHFEngine,
@@ -63,18 +62,6 @@ def build_engine(config: Config) -> Engine:
     return engine
 
 
-def set_datasets(engine: Engine, config: Config) -> None:
-    """Read `runtime.data_path` and `runtime.eval_data_path` where the program set no data."""
-    runtime = config.runtime
-    if runtime.data_path and not engine.datasets:
-        engine.set_multiple_datasets([read_prompts(path) for path in _paths(runtime.data_path)])
-    evaluator = engine.evaluator
-    if runtime.eval_data_path and evaluator is not None and not evaluator.datasets:
-        evaluator.set_multiple_datasets(
-            [read_prompts(path) for path in _paths(runtime.eval_data_path)]
-        )
-
-
 def build_module(config: Config, name: str) -> BaseModule:
     """The module object of one model, by `models.<name>.module`.
 
@@ -111,7 +98,3 @@ def _build_built_in(name: str, config: Config) -> Engine:
             f"models.{extra[0]} is not one of them"
         )
     return build(**{model: build_module(config, model) for model in needed})
-
-
-def _paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)

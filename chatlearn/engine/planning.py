@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chatlearn.engine.files import find_missing_files
 from chatlearn.errors import ConfigError, FlowError
 from chatlearn.flow.graph import ROOT
 from chatlearn.flow.trace import trace_flow
@@ -48,11 +49,19 @@ class FlowPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that is decided before a worker starts."""
+    """Everything that is decided before a worker starts.
+
+    Attributes:
+        flows: the traced flows.
+        requests: what each model asks for.
+        placement: where each worker goes.
+        missing_files: a line for each tokenizer and checkpoint that is not there.
+    """
 
     flows: FlowPlan
     requests: tuple[ModelRequest, ...]
     placement: PlacementPlan
+    missing_files: tuple[str, ...] = ()
 
 
 def plan_flows(
@@ -64,7 +73,8 @@ def plan_flows(
     """Trace the flows and collect the models.
 
     Raises:
-        ConfigError: no flow at all, or a sync with a model that is in no flow.
+        ConfigError: no flow at all, a sync with a model that is in no flow, or two syncs to one
+            model.
         FlowError: a flow that cannot work; names its line.
     """
     if environment is None and trainer is None and evaluator is None:
@@ -84,6 +94,7 @@ def plan_flows(
                     f"set_parameter_sync names model {module.name!r}, which no flow calls; "
                     f"the flows call {', '.join(modules)}"
                 )
+    _check_sync_destinations(syncs)
     env_graph, train_graph, eval_graph = graphs
     _check_train_calls(env_graph, eval_graph, train_graph)
     if env_graph is not None and train_graph is not None and not env_graph.outputs:
@@ -121,6 +132,7 @@ def plan_run(
         if config.model(name).trainable and name not in trainable:
             trainable.add(name)
     requests = build_requests(config, tuple(flows.modules), tuple(sorted(trainable)))
+    _check_modules(flows, requests, config)
     if config.runtime.backend == "local":
         check_local_sizes({request.model_name: request.num_ranks for request in requests})
     if assume_devices is None:
@@ -128,7 +140,7 @@ def plan_run(
     else:
         inventory = assume_inventory(config, assume_devices)
     placement = plan_placement(requests, config.runtime.colocation_groups, inventory)
-    return RunPlan(flows, requests, placement)
+    return RunPlan(flows, requests, placement, find_missing_files(config, flows.modules))
 
 
 def synced_in_episode(episode: int | None, frequency: int) -> bool:
@@ -136,6 +148,19 @@ def synced_in_episode(episode: int | None, frequency: int) -> bool:
     if episode is None:
         return True
     return frequency > 0 and (episode + 1) % frequency == 0
+
+
+def _check_modules(flows: FlowPlan, requests: Sequence[ModelRequest], config: Config) -> None:
+    """Let every module say what it cannot be."""
+    problems = [
+        f"models.{request.model_name}: {problem}"
+        for request in requests
+        for problem in flows.modules[request.model_name].find_problems(
+            config.model(request.model_name), request.layout
+        )
+    ]
+    if problems:
+        raise ConfigError("\n  ".join(["the models cannot be built:", *problems]))
 
 
 def _check_model_names(flows: FlowPlan, config: Config) -> None:
@@ -148,6 +173,18 @@ def _check_model_names(flows: FlowPlan, config: Config) -> None:
                 f"models.{name}: no flow calls a model of that name; did you mean {close[0]!r}? "
                 f"The flows call {', '.join(flows.modules)}"
             )
+
+
+def _check_sync_destinations(syncs: Sequence[ParameterSync]) -> None:
+    sources: dict[str, str] = {}
+    for pair in syncs:
+        source, destination = pair.source.name, pair.destination.name
+        if destination in sources:
+            raise ConfigError(
+                f"set_parameter_sync gives {destination!r} the weights of "
+                f"{sources[destination]!r} and of {source!r}: a model takes its weights from one"
+            )
+        sources[destination] = source
 
 
 def _add_modules(modules: dict[str, BaseModule], traced: TracedFlow) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.data.relay import EpisodeRelayBuffer, RelaySampleManager, RelayStore, identify_rows
@@ -16,13 +17,15 @@ from chatlearn.errors import ConfigError, DataError
 from chatlearn.flow.execute import FlowRun, RowSource, StageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from chatlearn.engine.engine import Engine
     from chatlearn.engine.run_log import RunLog
     from chatlearn.engine.session import Session
 
 __all__ = ["Rollout", "Sources"]
+
+logger = logging.getLogger(__name__)
 
 Sources = tuple[RowSource, ...]
 
@@ -112,8 +115,8 @@ class Rollout:
         inputs: list[NamedInput] = []
         for position, first in enumerate(cast("Sources", sources[row_ids[0]])):
             chosen = {row_id: cast("Sources", s)[position] for row_id, s in sources.items()}
-            batch = RowBatch.from_rows(row_ids, collect_rows(self.session, chosen))
-            inputs.append(NamedInput(first.producer, batch))
+            rows = collect_rows(self.session, chosen)
+            inputs.append(NamedInput(first.producer, _build_batch(row_ids, rows, first.producer)))
         return join_inputs(row_ids, inputs).to_rows()
 
     def metrics(self) -> dict[str, float]:
@@ -162,12 +165,26 @@ class Rollout:
         chosen = identify_rows(manager(self._relay.add(EpisodeRelayBuffer(episode, rows))))
         if isinstance(manager, RelaySampleManager):
             self._relay_metrics = manager.take_metrics()
-        batch_size = self.runtime.train_global_batch_size or len(chosen)
+        self._relay_metrics["skipped"] = float(not chosen)
+        if not chosen:
+            logger.warning(
+                "episode %d is not trained on: the sample manager gave no rows of it", episode + 1
+            )
+        batch_size = self.runtime.train_global_batch_size or max(len(chosen), 1)
         selected = StreamDataset(tuple(chosen), batch_size, is_sorted=False)
         for index in range(selected.num_batches):
             ids = selected.batch_ids(index)
-            batch = RowBatch.from_rows(ids, [chosen[row_id] for row_id in ids])
+            batch = _build_batch(ids, [chosen[row_id] for row_id in ids], "the sample manager")
             source = RowSource("sample manager", self.session.backend.put(batch))
             for row_id in ids:
                 selected.add(row_id, (source,))
         return selected
+
+
+def _build_batch(
+    row_ids: Sequence[RowId], rows: Sequence[Mapping[str, Any]], producer: str
+) -> RowBatch:
+    try:
+        return RowBatch.from_rows(row_ids, rows)
+    except DataError as error:
+        raise DataError(f"rows of {producer}: {error}") from error

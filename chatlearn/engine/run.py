@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.checkpoint.folders import RunState, begin_checkpoint, prune_checkpoints
-from chatlearn.engine.episode_metrics import summarize_records, wall_seconds
+from chatlearn.engine.episode_metrics import average_workers, summarize_records, wall_seconds
 from chatlearn.engine.evaluation import Evaluation, run_evaluation
 from chatlearn.engine.planning import synced_in_episode
 from chatlearn.engine.prompts import PromptSource
@@ -19,7 +19,7 @@ from chatlearn.engine.run_log import RunLog
 from chatlearn.engine.session import Session
 from chatlearn.engine.training import train_on_samples
 from chatlearn.engine.worker_calls import save_module
-from chatlearn.errors import ChatLearnError, DataError
+from chatlearn.errors import ChatLearnError, ConfigError, DataError
 from chatlearn.sync.synchronizer import WeightSynchronizer
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def run_engine(engine: Engine, config: Config) -> RunResult:
     """
     with _SigtermWatch() as watch:
         plan = engine.plan(config)
+        if plan.missing_files:
+            raise ConfigError("\n  ".join(["files are missing:", *plan.missing_files]))
         if (engine.environment or engine.trainer) and not engine.datasets:
             raise DataError(
                 "the engine has no data set: call set_dataset(prompts), or set data_path"
@@ -74,6 +76,7 @@ class _Run:
         self.train_iteration = 0
         self.num_finished = 0
         self.version = 0
+        self.start_metrics: dict[str, float] = {}
         self.syncs = [
             (destination, self._build_synchronizer(source, destination))
             for source, destination in session.plan.flows.syncs
@@ -94,20 +97,27 @@ class _Run:
         return RunResult(self.log.folder.path, self.rollouts, rows, self.log.metrics.history)
 
     def _run_episodes(self) -> None:
-        self._synchronize(episode=None)
+        synced = self._synchronize(episode=None)
+        # With the first numbers that are written, under names of their own.
+        self.start_metrics = {f"{name}_at_start": value for name, value in synced.items()}
         if self.rollout is None:
-            self.log.write(0, 1, self._evaluate(episode=0))
+            self.log.write(0, 1, {**self._take_start_metrics(), **self._evaluate(episode=0)})
             return
         if self.runtime.enable_eval_before_training and self.eval_prompts is not None:
-            self.log.write_extra(0, self._evaluate(episode=0))
+            metrics = {**self._take_start_metrics(), **self._evaluate(episode=0)}
+            self.log.write_extra(0, metrics)
         for episode in range(self.runtime.num_episode):
             self._run_episode(self.rollout, episode)
+
+    def _take_start_metrics(self) -> dict[str, float]:
+        taken, self.start_metrics = self.start_metrics, {}
+        return taken
 
     def _run_episode(self, rollout: Rollout, episode: int) -> None:
         start_s = time.monotonic()
         self.session.start_episode()
         samples = rollout.start(episode)
-        metrics: dict[str, float] = {}
+        metrics = self._take_start_metrics()
         if self.engine.trainer is None:
             rollout.finish()
             self.rollouts = rollout.fetch_rows()
@@ -120,12 +130,10 @@ class _Run:
         metrics.update(rollout.metrics())
         self.log.add_spans(rollout.records)
         metrics.update(self._synchronize(episode))
-        self._save(episode)
+        metrics.update(self._save(episode))
         if self._is_evaluated(episode):
             metrics.update(self._evaluate(episode + 1))
-        for name, found in self.session.finish_episode().items():
-            for key, value in found[0].items():
-                metrics[f"episode/{name}/{key}"] = value
+        metrics.update(average_workers(self.session.finish_episode(), "episode"))
         metrics["time/episode"] = time.monotonic() - start_s
         self.num_finished = episode + 1
         self.log.write(episode, self.runtime.num_episode, metrics)
@@ -166,10 +174,13 @@ class _Run:
             return episode + 1 == self.runtime.num_episode
         return interval > 0 and (episode + 1) % interval == 0
 
-    def _save(self, episode: int) -> None:
+    def _save(self, episode: int) -> dict[str, float]:
         interval = self.runtime.save_episode_interval
-        if interval is not None and (episode + 1) % interval == 0:
-            self._write_checkpoint(episode + 1)
+        if interval is None or (episode + 1) % interval:
+            return {}
+        start_s = time.monotonic()
+        self._write_checkpoint(episode + 1)
+        return {"time/save": time.monotonic() - start_s}
 
     def _write_checkpoint(self, episode: int) -> str:
         self.log.progress.stage("saving")
@@ -213,9 +224,7 @@ class _Run:
         evaluator = self.engine.evaluator
         if graph is None or evaluator is None:
             return None
-        datasets = evaluator.datasets
-        if not datasets and not self.engine.datasets_needed:
-            datasets = self.engine.datasets
+        datasets = self.engine.eval_datasets
         if not datasets:
             if not self.engine.datasets_needed:
                 raise DataError("the evaluator has no data set: call set_dataset(prompts)")

@@ -30,6 +30,8 @@ class GroupAdvantageManager(RelaySampleManager):
             `runtime.algorithm.advantage_normalization` says.
     """
 
+    uses_past_episodes = False
+
     def __init__(self, normalization: str | None = None) -> None:
         super().__init__()
         self.normalization = normalization
@@ -58,8 +60,10 @@ class PreferencePairManager(RelaySampleManager):
     """Makes one preference pair of each prompt's samples: highest against lowest reward.
 
     Prompts whose samples all have the same reward teach nothing and are left out; the share
-    that is kept is reported as a metric.
+    that is kept is reported as a metric. An episode of such prompts alone is not trained on.
     """
+
+    uses_past_episodes = False
 
     def __call__(self, episodes: Sequence[EpisodeRelayBuffer]) -> list[dict[str, Any]]:
         """One row per prompt with `chosen_*` and `rejected_*` columns."""
@@ -72,11 +76,6 @@ class PreferencePairManager(RelaySampleManager):
             ranked = sorted(samples, key=lambda row: float(row["rewards"]))
             if float(ranked[0]["rewards"]) < float(ranked[-1]["rewards"]):
                 pairs.append(_build_pair(chosen=ranked[-1], rejected=ranked[0]))
-        if not pairs:
-            raise DataError(
-                "every prompt's samples have the same reward, so there is no preference pair to "
-                "train on: raise runtime.num_samples_per_prompt or generation.temperature"
-            )
         self.log_metrics({"kept_pairs": len(pairs) / len(groups)})
         return pairs
 

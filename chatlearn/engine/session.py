@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from chatlearn.engine.worker_calls import ModuleInfo, finish_episode, set_up_module, start_episode
 from chatlearn.flow.call_loop import CallLoop
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from chatlearn.runtime.contract import Backend, WorkerGroup
 
 __all__ = ["Session"]
+
+KeyT = TypeVar("KeyT")
 
 
 @dataclass
@@ -79,8 +81,8 @@ class Session:
         }
         return self.collect(calls, getattr(function, "__name__", "call"))
 
-    def collect(self, calls: Mapping[str, list[Any]], what: str) -> dict[str, list[Any]]:
-        """Wait for calls that were started, and fetch their results."""
+    def collect(self, calls: Mapping[KeyT, list[Any]], what: str) -> dict[KeyT, list[Any]]:
+        """Wait for calls that were started, and fetch their results, by the calls' keys."""
         flat = [call for batch in calls.values() for call in batch]
         finished: list[str] = []
         if flat:

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, cast
 
 from chatlearn.errors import ConfigError
 from chatlearn.flow.execute import TRAIN_METHOD, FlowRun, StageRecord
-from chatlearn.flow.stage import prepare_episode
+from chatlearn.flow.graph import ROOT
+from chatlearn.flow.stage import prepare_episode, wants_whole_episode
 
 if TYPE_CHECKING:
     from chatlearn.data.rows import RowId
     from chatlearn.data.stream import StreamDataset
     from chatlearn.engine.rollout import Rollout, Sources
     from chatlearn.engine.session import Session
-    from chatlearn.flow.graph import FlowGraph
-    from chatlearn.flow.stage import TrainCall
+    from chatlearn.flow.graph import FlowGraph, FlowNode
+    from chatlearn.flow.lanes import Lane
+    from chatlearn.runtime.contract import PendingCall
 
 __all__ = ["TrainingRecords", "train_on_samples"]
 
@@ -36,7 +38,8 @@ def train_on_samples(
     """Train on every sample of the episode, `runtime.num_training_epoch` times.
 
     In the first epoch a batch is trained on as soon as it is there, unless a trainer wants to
-    see the whole episode first.
+    see the whole episode first; which one does, the columns of the first batch decide. An episode
+    without samples (a sample manager chose none) trains nothing.
 
     Args:
         session: the run.
@@ -49,9 +52,12 @@ def train_on_samples(
         raise ConfigError("training needs a trainer flow")
     trainer = _EpisodeTrainer(session, graph, iteration)
     runtime = session.config.runtime
-    if any(session.infos[name].needs_whole_episode for name in graph.model_names):
-        rollout.finish()
-        trainer.prepare([samples.batch(at) for at in range(samples.num_batches)])
+    if samples.num_batches and trainer.may_prepare:
+        session.loop.run_until(lambda: samples.has_batch(0))
+        nodes = trainer.find_preparing(samples.batch(0))
+        if nodes:
+            rollout.finish()
+            trainer.prepare(nodes, [samples.batch(at) for at in range(samples.num_batches)])
     for index in range(samples.num_batches):
         session.loop.run_until(lambda index=index: samples.has_batch(index))
         trainer.train(samples.batch(index))
@@ -79,21 +85,54 @@ class _EpisodeTrainer:
         self.session.run_flow(self._flow_run(batch, self.iteration))
         self.iteration += 1
 
-    def prepare(self, batches: list[Batch]) -> None:
-        """Show every batch to the trainers that want to see the whole episode first."""
-        calls = []
-        for node in self.graph.nodes:
-            is_root_call = all(index == -1 for index in node.inputs)
-            wants = self.session.infos[node.model_name].needs_whole_episode
-            if node.method_name != TRAIN_METHOD or not is_root_call or not wants:
-                continue
+    @property
+    def may_prepare(self) -> bool:
+        """Whether some trainer may want to see the whole episode before its first update."""
+        return bool(self._candidates())
+
+    def find_preparing(self, batch: Batch) -> list[FlowNode]:
+        """The calls whose trainers want to see an episode of such rows first."""
+        row_id = next(iter(batch))
+        run = self._flow_run({row_id: batch[row_id]}, self.iteration)
+        calls: dict[int, list[PendingCall]] = {}
+        for node in self._candidates():
+            lane = self.session.pool.lanes(node.model_name)[0]
+            call = run.train_calls(node, [row_id])[0]
+            calls[node.index] = list(
+                lane.group.call(
+                    wants_whole_episode, call, ranks=lane.ranks[:1], flow_line=node.line
+                )
+            )
+        answers = self.session.collect(calls, "wants_whole_episode")
+        return [node for node in self._candidates() if answers[node.index][0]]
+
+    def prepare(self, nodes: list[FlowNode], batches: list[Batch]) -> None:
+        """Show every batch to the trainers of these calls."""
+        places: list[tuple[str, Lane]] = []
+        calls: dict[int, list[PendingCall]] = {}
+        for node in nodes:
             cuts = [self._flow_run(b, self.iteration).train_calls(node, tuple(b)) for b in batches]
             for lane in self.session.pool.lanes(node.model_name):
-                own: list[TrainCall] = [cut[lane.index] for cut in cuts]
-                calls.extend(
-                    lane.group.call(prepare_episode, own, ranks=lane.ranks, flow_line=node.line)
-                )
-        self.session.collect({"prepare": calls}, "prepare_episode")
+                own = [cut[lane.index] for cut in cuts]
+                found = lane.group.call(prepare_episode, own, ranks=lane.ranks, flow_line=node.line)
+                calls[len(places)] = list(found)
+                places.append((node.model_name, lane))
+        name = "prepare_episode"
+        for at, reports in self.session.collect(calls, name).items():
+            model_name, lane = places[at]
+            report = reports[lane.ranks.index(lane.output_rank)]
+            record = StageRecord(self.graph.name, model_name, name, lane.label, report)
+            self.records.append(record)
+
+    def _candidates(self) -> list[FlowNode]:
+        """The training calls that take the flow's own batch, of trainers that may want it all."""
+        return [
+            node
+            for node in self.graph.nodes
+            if node.method_name == TRAIN_METHOD
+            and all(index == ROOT for index in node.inputs)
+            and self.session.infos[node.model_name].needs_whole_episode
+        ]
 
     def _flow_run(self, batch: Batch, iteration: int) -> FlowRun:
         return FlowRun(

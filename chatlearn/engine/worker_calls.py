@@ -103,7 +103,11 @@ def load_rows(
     """
     kept = context.keep(("datasets", key), lambda: _Datasets(()))
     rows = [kept.datasets[request.dataset_index][request.index] for request in requests]
-    return RowBatch.from_rows([request.row_id for request in requests], rows), len(rows)
+    try:
+        batch = RowBatch.from_rows([request.row_id for request in requests], rows)
+    except DataError as error:
+        raise DataError(f"rows of {context.model_name}.build_dataset: {error}") from error
+    return batch, len(rows)
 
 
 def start_episode(context: WorkerContext) -> None:

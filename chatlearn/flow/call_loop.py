@@ -51,6 +51,8 @@ class CallLoop:
         self.backend = backend
         self.stage_timeout_s = stage_timeout_s
         self.interrupt: Callable[[], None] | None = None
+        self._poll_s = min(_POLL_S, stage_timeout_s)
+        self._checked_s = time.monotonic()
         self._pumps: list[Pump] = []
         self._open: dict[int, tuple[PendingCall, _Batch]] = {}
 
@@ -95,18 +97,20 @@ class CallLoop:
     def _wait(self) -> None:
         calls = [call for call, _ in self._open.values()]
         try:
-            done = self.backend.wait_any(calls, min(_POLL_S, self.stage_timeout_s))
+            done = self.backend.wait_any(calls, self._poll_s)
         except WaitTimeoutError:
-            self._check_deadlines()
-            return
+            done = ()
         for call in done:
             _, batch = self._open.pop(id(call))
             batch.waiting -= 1
             if batch.waiting == 0:
                 batch.on_done()
+        # Also where calls finish all the time: one of the others may hang.
+        if time.monotonic() - self._checked_s >= self._poll_s:
+            self._check_deadlines()
 
     def _check_deadlines(self) -> None:
-        now = time.monotonic()
+        now = self._checked_s = time.monotonic()
         late = [
             f"{batch.what} on {call.worker.model_name}.r{call.worker.replica}.{call.worker.rank}"
             f" for {now - batch.started_s:.0f} s"

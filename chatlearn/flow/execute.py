@@ -39,13 +39,24 @@ class RowSource:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One finished call, for metrics and the timeline."""
+    """One finished call, for metrics and the timeline.
+
+    Attributes:
+        flow_name: name of the flow.
+        model_name: the model.
+        method_name: its method.
+        lane: label of the lane that ran it.
+        report: what the worker told.
+        position: where the call stands in the flow: whether its rows go into a returned value,
+            and the index of its node. What two calls both give is, in the end, the greater's.
+    """
 
     flow_name: str
     model_name: str
     method_name: str
     lane: str
     report: StageReport
+    position: tuple[bool, int] = (False, 0)
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class FlowRun:
         self._on_stage = on_stage
         self._sources: list[dict[RowId, RowSource]] = [{} for _ in graph.nodes]
         self._queues = [self._build_queue(node) for node in graph.nodes]
+        self._returned = graph.returned_nodes()
         self._outputs_missing = dict.fromkeys(rows, len(graph.outputs))
 
     @property
@@ -233,5 +245,6 @@ class FlowRun:
                 self._on_row(row_id, tuple(self._sources[index][row_id] for index in outputs))
 
     def _record(self, node: FlowNode, lane: str, report: StageReport) -> None:
-        record = StageRecord(self._graph.name, node.model_name, node.method_name, lane, report)
+        name, position = self._graph.name, (node.index in self._returned, node.index)
+        record = StageRecord(name, node.model_name, node.method_name, lane, report, position)
         self._on_stage(record)

@@ -59,6 +59,14 @@ class FlowGraph:
         """Whether a node's output is returned or is an input of another call."""
         return index in self.outputs or any(index in node.inputs for node in self.nodes)
 
+    def returned_nodes(self) -> frozenset[int]:
+        """The nodes whose output is returned or goes into one that is."""
+        found = set(self.outputs)
+        for node in reversed(self.nodes):
+            if node.index in found:
+                found.update(node.inputs)
+        return frozenset(found - {ROOT})
+
     @property
     def model_names(self) -> tuple[str, ...]:
         """The models, in order of their first call."""
@@ -68,8 +76,11 @@ class FlowGraph:
 def sort_nodes(name: str, nodes: Sequence[FlowNode], outputs: Sequence[int]) -> FlowGraph:
     """A graph of recorded calls, re-ordered so that dependencies come first.
 
+    A traced flow comes in such an order: an output can only be named once its call is recorded.
+    Nodes that were put together in another way need not.
+
     Raises:
-        FlowError: control dependencies close a cycle; names the lines in it.
+        FlowError: calls wait for each other in a cycle; names their lines.
     """
     order: list[int] = []
     placed: set[int] = set()
@@ -82,7 +93,7 @@ def sort_nodes(name: str, nodes: Sequence[FlowNode], outputs: Sequence[int]) -> 
         ]
         if not ready:
             lines = "\n".join(f"  {nodes[index].line}" for index in _trim_to_cycles(nodes, left))
-            raise FlowError(f"control dependencies of the {name} flow close a cycle:\n{lines}")
+            raise FlowError(f"calls of the {name} flow wait for each other in a cycle:\n{lines}")
         order.append(ready[0])
         placed.add(ready[0])
         left.remove(ready[0])

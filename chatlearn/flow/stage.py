@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from chatlearn.data.rows import NamedInput, RowBatch, RowId, join_inputs
+from chatlearn.data.rows import NamedInput, RowBatch, RowId, is_same_content, join_inputs
 from chatlearn.errors import DataError, NumericsError
 from chatlearn.metrics.means import mean_of_numbers
 from chatlearn.models.invoke import invoke, invoke_prepare_episode
@@ -29,6 +29,7 @@ __all__ = [
     "prepare_episode",
     "run_stage",
     "run_train",
+    "wants_whole_episode",
 ]
 
 
@@ -76,7 +77,7 @@ class StageReport:
         end_s: when it returned.
         num_rows: rows of the call.
         metrics: metrics by name, as the module gave them.
-        row_statistics: means over the call's rows of what the method added, by name.
+        row_statistics: means over the call's rows of what the method added or changed, by name.
     """
 
     start_s: float
@@ -110,8 +111,7 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
     if output is None and not call.is_used:
         output = {}
     rows = RowBatch.from_output(call.row_ids, output, producer)
-    added = [key for key in rows.columns if key not in batch.columns]
-    statistics = _row_statistics(rows, added)
+    statistics = _row_statistics(rows, batch)
     return rows, StageReport(start_s, end_s, len(batch), metrics, statistics)
 
 
@@ -136,6 +136,7 @@ def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
                 "None or a mapping of metric names to numbers"
             )
         metrics.update(_as_numbers(cast("Mapping[str, Any]", result), context.model_name))
+    _check_finite(metrics, context.model_name)
     num_rows = sum(map(len, call.micro_batches))
     return StageReport(start_s, end_s, num_rows, metrics, {})
 
@@ -150,12 +151,22 @@ def prepare_episode(context: WorkerContext, calls: Sequence[TrainCall]) -> Stage
     return StageReport(start_s, time.time(), num_rows, context.module.take_metrics(), {})
 
 
+def wants_whole_episode(context: WorkerContext, call: TrainCall) -> bool:
+    """Ask a trainer, by the columns of the sample row, whether it will use `prepare_episode`."""
+    columns = _join([call.sample_row], call.inputs).columns
+    return bool(context.module.wants_whole_episode(tuple(columns)))
+
+
 def _join(row_ids: Sequence[RowId], inputs: Sequence[StageInput]) -> RowBatch:
-    named = [
-        NamedInput(source.producer, RowBatch.concat(cast("Sequence[RowBatch]", source.batches)))
-        for source in inputs
-    ]
-    return join_inputs(row_ids, named)
+    return join_inputs(row_ids, [_read_input(source) for source in inputs])
+
+
+def _read_input(source: StageInput) -> NamedInput:
+    try:
+        batch = RowBatch.concat(cast("Sequence[RowBatch]", source.batches))
+    except DataError as error:
+        raise DataError(f"rows of {source.producer}: {error}") from error
+    return NamedInput(source.producer, batch)
 
 
 def _cut(call: TrainCall) -> list[dict[str, Any]]:
@@ -169,27 +180,39 @@ def _is_output_rank(context: WorkerContext) -> bool:
     return context.layout.output_rank(at.dp_rank) == context.rank
 
 
-def _row_statistics(rows: RowBatch, added: Sequence[str]) -> dict[str, float]:
-    """Mean reward and response length, where the method added those columns."""
+def _row_statistics(rows: RowBatch, given: RowBatch) -> dict[str, float]:
+    """Mean reward and response length, where these columns are the method's own work."""
     statistics: dict[str, float | None] = {}
-    if "rewards" in added:
+    if _is_own(rows, given, "rewards"):
         statistics["reward"] = mean_of_numbers(rows.columns["rewards"])
-    if "response_token_ids" in added:
+    if _is_own(rows, given, "response_token_ids"):
         responses = rows.columns["response_token_ids"]
         lengths = [len(ids) if hasattr(ids, "__len__") else None for ids in responses]
         statistics["response_length"] = mean_of_numbers(lengths)
     return {name: value for name, value in statistics.items() if value is not None}
 
 
+def _is_own(rows: RowBatch, given: RowBatch, key: str) -> bool:
+    """Whether a method added a column, or gives it back with other content."""
+    if key not in rows.columns or key not in given.columns:
+        return key in rows.columns
+    pairs = zip(rows.columns[key], given.columns[key], strict=True)
+    return not all(is_same_content(new, old) for new, old in pairs)
+
+
 def _as_numbers(metrics: Mapping[str, Any], model_name: str) -> dict[str, float]:
     try:
-        numbers = {str(key): float(value) for key, value in metrics.items()}
+        return {str(key): float(value) for key, value in metrics.items()}
     except (TypeError, ValueError) as error:
         raise DataError(f"{model_name}: metrics must be numbers: {error}") from error
-    loss = numbers.get("loss", 0.0)
-    if not math.isfinite(loss):
-        raise NumericsError(
-            f"model {model_name!r}: the loss is {loss}: lower the learning rate, or look for rows "
-            "with extreme values"
-        )
-    return numbers
+
+
+def _check_finite(metrics: Mapping[str, float], model_name: str) -> None:
+    """Stop where a loss (any metric whose name ends so) or the gradient norm is not a number."""
+    for name, value in metrics.items():
+        is_guarded = name.lower().endswith("loss") or name.lower() == "grad_norm"
+        if is_guarded and not math.isfinite(value):
+            raise NumericsError(
+                f"model {model_name!r}: the {name} is {value}: lower the learning rate, or look "
+                "for rows with extreme values"
+            )

@@ -55,7 +55,7 @@ class BaseModule:
         iteration: during a call, how many of its kind came before.
         policy_version: weight syncs received so far.
         needs_whole_episode: a trainer that sets this is shown all of an episode's batches, by
-            `prepare_episode`, before its first update.
+            `prepare_episode`, before its first update (see `wants_whole_episode`).
         weight_naming: what the names in `weight_shards` are: `state_dict`, the model's own names;
             `huggingface`, for a `transformers` model in `self.model`, so that a model with
             another naming can sync with it. A backend has its own.
@@ -249,6 +249,19 @@ class BaseModule:
         taken, self._metrics = self._metrics, {}
         return taken
 
+    def find_problems(self, config: ModelConfig, layout: ParallelLayout) -> Sequence[str]:
+        """Why the model cannot be built like this, told on the driver before any worker is up.
+
+        Args:
+            config: this model's section of the config.
+            layout: of one replica.
+
+        Returns:
+            A line for each problem, without the model's name; empty where there is none.
+        """
+        del config, layout
+        return ()
+
     def planned_weight_shards(
         self, config: ModelConfig, layout: ParallelLayout
     ) -> tuple[tuple[TensorShard, ...], ...] | None:
@@ -307,6 +320,15 @@ class BaseModule:
         """
         path = Path(folder) / state_file_name(self.layout, self.rank)
         load_state(path, self.model, self.optimizer, self.device)
+
+    def wants_whole_episode(self, columns: Sequence[str]) -> bool:
+        """Whether `prepare_episode` is of use for an episode whose rows have these columns.
+
+        Asked of trainers whose `needs_whole_episode` is True. Where it is not, training can begin
+        while the episode's samples still arrive.
+        """
+        del columns
+        return self.needs_whole_episode
 
     def prepare_episode(self, batches: list[list[dict[str, Any]]]) -> None:
         """See every global batch of an episode before its first update.

@@ -33,6 +33,7 @@ HOOKS = frozenset(
         "attach",
         "initialize",
         "take_metrics",
+        "find_problems",
         "planned_weight_shards",
         "weight_shards",
         "weight_shards_in",
@@ -40,6 +41,7 @@ HOOKS = frozenset(
         "after_weight_sync",
         "load_checkpoint",
         "prepare_episode",
+        "wants_whole_episode",
         "is_last_rank",
         "log_metrics",
     }
@@ -127,8 +129,8 @@ class _Method:
         return recorder.record(module, self.name, inputs, constants)
 
     def _check_method(self, module: BaseModule, constants: Mapping[str, Any]) -> None:
-        if not hasattr(module, "name"):
-            self._refuse(module, "has no name yet: call super().__init__(name) in its constructor")
+        if not {"name", "policy_version"} <= vars(module).keys():
+            self._refuse(module, "is not set up: call super().__init__(name) in its constructor")
         if self.name in HOOKS:
             self._refuse(module, "is called by the framework and cannot be part of a flow")
         if self.is_missing:

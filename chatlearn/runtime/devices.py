@@ -31,7 +31,7 @@ def discover_inventory(config: Config, *, may_join: bool = True) -> DeviceInvent
     if may_join and config.runtime.backend == "ray" and os.environ.get("RAY_ADDRESS"):
         from chatlearn.runtime.ray_cluster import count_cluster_devices, join_cluster
 
-        join_cluster(config.runtime.startup_timeout_s)
+        join_cluster(config)
         num_nodes, gpus = count_cluster_devices()
     if gpus and asked != "auto" and int(asked) > gpus:
         raise PlacementError(

@@ -35,6 +35,7 @@ __all__ = [
     "launch",
     "read_script_place",
     "read_torchrun_place",
+    "signals_kept",
 ]
 
 _TICK_S = 0.2
@@ -147,7 +148,7 @@ def launch(place: LaunchPlace, command: Sequence[str], timeout_s: float) -> int:
             "unset it, or use that cluster with scripts/run_local.sh"
         )
     is_alone = place.num_processes == 1
-    with _signals_kept() as signals:
+    with signals_kept() as signals:
         token = agree_on_token(is_driver=place.is_driver, is_alone=is_alone, timeout_s=timeout_s)
         if place.is_driver:
             return _drive(place, command, token, timeout_s, signals)
@@ -328,7 +329,7 @@ class _Follower:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[queue.SimpleQueue[int]]:
+def signals_kept() -> Iterator[queue.SimpleQueue[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP instead of dying of them."""
     received: queue.SimpleQueue[int] = queue.SimpleQueue()
     if threading.current_thread() is not threading.main_thread():

@@ -69,7 +69,10 @@ class _LocalGroup:
             values = [result] if num_outputs == 1 else list(result)
             if len(values) != num_outputs:
                 raise ValueError(f"{function} gave {len(values)} outputs, expected {num_outputs}")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever user code raises
+        except KeyboardInterrupt:
+            # Here it is the person at the keyboard, as far as one can tell.
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever user code raises
             failure = _Failure(self._describe(error, flow_line))
             values = [failure] * num_outputs
         outputs = tuple(RemoteValue(value) for value in values)

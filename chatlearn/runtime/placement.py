@@ -197,8 +197,24 @@ def _build_request(model: ModelConfig, name: str, is_trainable: bool) -> ModelRe
         etp_size=model.expert_tensor_parallel_size,
         vpp_size=model.virtual_pipeline_model_parallel_size or 1,
     )
+    _check_experts(name, layout)
     replicas = 1 if is_trainable else copies
     return ModelRequest(name, layout, replicas, is_cpu_only, model.cpu_per_process)
+
+
+def _check_experts(name: str, layout: ParallelLayout) -> None:
+    """Experts are spread over the ranks of one pipeline stage of one replica."""
+    etp = layout.tp_size if layout.etp_size is None else layout.etp_size
+    ranks = layout.tp_size * layout.cp_size * layout.dp_size
+    has_experts = layout.ep_size > 1 or layout.etp_size is not None
+    if has_experts and ranks % (layout.ep_size * etp):
+        raise ConfigError(
+            f"models.{name}: expert_model_parallel_size x expert_tensor_parallel_size = "
+            f"{layout.ep_size} x {etp} = {layout.ep_size * etp} does not divide the "
+            f"{ranks} ranks of a pipeline stage, TP x CP x DP = {layout.tp_size} x "
+            f"{layout.cp_size} x {layout.dp_size} (DP is 1 for a model that is not trained; "
+            "expert_tensor_parallel_size, where unset, is the TP size)"
+        )
 
 
 def _group_names(

@@ -19,6 +19,7 @@ from chatlearn.runtime.contract import (
     WorkerGroup,
     WorkerSummary,
 )
+from chatlearn.runtime.module_packing import pack_module
 from chatlearn.runtime.ray_errors import describe_failure, pick_cause
 from chatlearn.runtime.ray_placement import ActorSlot, create_groups
 from chatlearn.runtime.ray_worker import RayWorker, WorkerSettings
@@ -101,21 +102,22 @@ class RayBackend:
         """Start the cluster if there is none, then every worker, then every process world.
 
         Raises:
+            ConfigError: a module cannot be pickled; nothing was started.
             PlacementError: the cluster cannot place the workers in time.
             WorkerError: a worker failed while it started.
         """
+        modules = {spec.name: pack_module(spec.name, spec.module) for spec in specs}
         timeout_s = config.runtime.startup_timeout_s
-        environment = config.runtime_env.model_dump(exclude_defaults=True) or None
         self._is_connected = True
         if os.environ.get("RAY_ADDRESS"):
-            ray_cluster.join_cluster(timeout_s, environment)
+            ray_cluster.join_cluster(config)
         else:
-            ray_cluster.start_cluster(environment)
+            ray_cluster.start_cluster(config)
         slots = create_groups(placement, self._placement_groups, timeout_s)
         threads = _threads_per_worker(placement)
         for place in placement.places:
             self._actors.append(_Actor(self._create(place, slots[place], threads), place))
-        return self._connect(specs, config)
+        return self._connect(specs, modules, config)
 
     def put(self, value: Any) -> RemoteValue:
         """Store a value in Ray's object store."""
@@ -216,10 +218,8 @@ class RayBackend:
         return actor.remote(settings)
 
     def _connect(
-        self, specs: Sequence[ModelSpec], config: Config
+        self, specs: Sequence[ModelSpec], modules: Mapping[str, bytes], config: Config
     ) -> dict[str, tuple[WorkerGroup, ...]]:
-        from ray import cloudpickle
-
         timeout_s = config.runtime.startup_timeout_s
         nodes = self._await(
             {actor: actor.handle.node.remote() for actor in self._actors}, timeout_s, "start"
@@ -253,7 +253,6 @@ class RayBackend:
             for actor, port in ports.items()
         }
         by_name = {spec.name: spec for spec in specs}
-        modules = {spec.name: cloudpickle.dumps(spec.module) for spec in specs}
         joins: dict[_Actor, Any] = {}
         for actor, summary in summaries.items():
             spec = by_name[summary.model_name]

@@ -23,10 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.errors import PlacementError
+from chatlearn.errors import ConfigError, PlacementError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
+
+    from chatlearn.config import Config, RuntimeEnvConfig
 
 __all__ = [
     "choose_object_store",
@@ -96,8 +98,8 @@ def _kept_sigterm_handler() -> Generator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
-def start_cluster(environment: dict[str, Any] | None) -> None:
-    """Start a Ray of one node for this process."""
+def start_cluster(config: Config) -> None:
+    """Start a Ray of one node for this process, whose workers get `runtime_env`."""
     prepare_token()
     import ray
 
@@ -109,21 +111,28 @@ def start_cluster(environment: dict[str, Any] | None) -> None:
             configure_logging=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env=environment,
+            runtime_env=_worker_environment(config.runtime_env),
             **choose_object_store(free),
         )
 
 
-def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) -> None:
-    """Connect to the cluster that `RAY_ADDRESS` names; nothing where already connected.
+def join_cluster(config: Config) -> None:
+    """Connect to the cluster that `RAY_ADDRESS` names; its workers for us get `runtime_env`.
+
+    Ray takes folders for the workers at the connection only, so whoever connects first, be it to
+    count devices, does it with the whole environment.
 
     Raises:
         PlacementError: no cluster answers there, or it refuses the token.
+        ConfigError: Ray cannot make such a `runtime_env`, or this process is connected already
+            without it.
     """
     import ray.exceptions
 
     if ray.is_initialized():
+        _check_environment(config.runtime_env, ray.get_runtime_context().runtime_env)
         return
+    timeout_s = config.runtime.startup_timeout_s
     address = os.environ["RAY_ADDRESS"]
     _knock(address, timeout_s)
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(timeout_s)))
@@ -134,14 +143,41 @@ def join_cluster(timeout_s: float, environment: dict[str, Any] | None = None) ->
                 configure_logging=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env=environment,
+                runtime_env=_worker_environment(config.runtime_env),
             )
+    except ValueError as error:
+        raise ConfigError(f"runtime_env: {error}") from error
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise PlacementError(
             f"no Ray cluster can be joined at RAY_ADDRESS={address}: {error}. Is it up, and is "
             "its token in RAY_AUTH_TOKEN_PATH?"
         ) from error
     _await_nodes(int(os.environ.get("CHATLEARN_NUM_NODES") or 1), timeout_s)
+
+
+def _worker_environment(given: RuntimeEnvConfig) -> dict[str, Any] | None:
+    """Ray's `runtime_env`, in the containers that Ray insists on."""
+    found = given.model_dump(exclude_defaults=True)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()} or None
+
+
+def _check_environment(given: RuntimeEnvConfig, connected: Mapping[str, Any]) -> None:
+    """Refuse a `runtime_env` that the connection which is there lacks.
+
+    Args:
+        given: what the config asks for.
+        connected: the connection's; Ray has put addresses in the place of folders.
+    """
+    variables: Mapping[str, str] = connected.get("env_vars") or {}
+    lacking = [f"env_vars.{key}" for key, v in given.env_vars.items() if variables.get(key) != v]
+    asked = _worker_environment(given) or {}
+    lacking += [key for key in asked.keys() - {"env_vars", "excludes"} if not connected.get(key)]
+    if lacking:
+        raise ConfigError(
+            f"runtime_env: this process is connected to Ray already, without {', '.join(lacking)}: "
+            "leave the connection to chatlearn (call ray.shutdown() first), or give ray.init() "
+            "the same runtime_env"
+        )
 
 
 def _knock(address: str, timeout_s: float) -> None:

@@ -21,7 +21,7 @@ from chatlearn.runtime.ray_cluster import choose_object_store, prepare_token
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["RayNode", "agree_on_token", "start_child"]
+__all__ = ["RayNode", "agree_on_token", "death_signal_setter", "start_child"]
 
 _SET_PARENT_DEATH_SIGNAL = 1
 _STOP_S = 20.0
@@ -58,7 +58,7 @@ def start_child(
         stdout=output,
         stderr=output,
         process_group=0,
-        preexec_fn=_death_signal_setter(),
+        preexec_fn=death_signal_setter(),
     )
 
 
@@ -156,7 +156,8 @@ class RayNode:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _death_signal_setter() -> Callable[[], None]:
+def death_signal_setter() -> Callable[[], None]:
+    """A function that lets the process that calls it get SIGTERM when its parent dies."""
     libc = ctypes.CDLL(None)
 
     def set_death_signal() -> None:

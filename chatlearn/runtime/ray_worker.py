@@ -103,7 +103,11 @@ class RayWorker:
     def run(
         self, call: tuple[Callable[..., Any], tuple[Any, ...]], num_outputs: int, line: str
     ) -> Any:
-        """Run `function(context, *args)`; an exception leaves as a WorkerError."""
+        """Run `function(context, *args)`; whatever it raises leaves as a WorkerError.
+
+        That includes SystemExit, of which Ray would only say that the process is gone. A
+        KeyboardInterrupt from outside reaches the main thread, where no function runs.
+        """
         function, args = call
         import ray
 
@@ -117,7 +121,9 @@ class RayWorker:
             result = function(context, *resolved)
             if num_outputs > 1 and len(result) != num_outputs:
                 raise ValueError(f"{function} gave {len(result)} outputs, expected {num_outputs}")
-        except Exception as error:  # noqa: BLE001 - whatever a user's code raises is reported
+        except BaseException as error:  # noqa: BLE001 - whatever a user's code raises is reported
+            if _is_from_outside(error):
+                raise
             raise self._describe(error, line) from None
         return result
 
@@ -142,7 +148,7 @@ class RayWorker:
             for ident, frame in frames.items()
         )
 
-    def _describe(self, error: Exception, line: str) -> WorkerError:
+    def _describe(self, error: BaseException, line: str) -> WorkerError:
         import ray.exceptions
 
         if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, WorkerError):
@@ -163,6 +169,11 @@ class RayWorker:
         is_runtime = isinstance(error, RuntimeError)
         found.is_collateral = is_runtime and any(word in text.lower() for word in _COLLATERAL)
         return found
+
+
+def _is_from_outside(error: BaseException) -> bool:
+    is_main = threading.current_thread() is threading.main_thread()
+    return isinstance(error, KeyboardInterrupt) and is_main
 
 
 def _redirect_output(path: Path) -> None:

@@ -13,6 +13,7 @@ from chatlearn.models.plain_weights import HUGGINGFACE
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
 from megatron_adapters.batches import PaddedBatch, Rows, check_token_ids, pad_micro_batches
+from megatron_adapters.layout_problems import find_layout_problems
 from megatron_adapters.layer_specs import (
     has_transformer_engine,
     is_transformer_engine_installed,
@@ -136,6 +137,12 @@ class MegatronModule(BaseModule):
             self.module_args.megatron, head=self.head, use_te=has_transformer_engine(self.device)
         )
         return renaming.apply(self.weight_shards())
+
+    def find_problems(self, config: "ModelConfig", layout: "ParallelLayout") -> Sequence[str]:
+        """What Megatron or our generation would refuse once the workers run."""
+        return find_layout_problems(
+            config.megatron, layout, is_generating=self.use_cache, is_trained=self.is_trained
+        )
 
     def planned_weight_shards(
         self, config: "ModelConfig", layout: "ParallelLayout"

@@ -1,6 +1,6 @@
 """PolicyTrainer: PPO, GRPO, DPO or supervised training, by what the rows hold."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -43,6 +43,10 @@ class PolicyTrainer(TrainerModule):
             "ppo",
         )
 
+    def wants_whole_episode(self, columns: Sequence[str]) -> bool:
+        """Only PPO has old log-probabilities."""
+        return self.needs_whole_episode and self._choose_loss(columns) == "ppo"
+
     def prepare_episode(self, batches: list[list[Columns]]) -> None:
         """Score every response with the policy as it is before the episode's first update.
 
@@ -51,8 +55,6 @@ class PolicyTrainer(TrainerModule):
         self._old_logprobs = {}
         self._is_first_update = True
         for data, row_ids in zip(batches, self.row_ids, strict=True):
-            if self._choose_loss(data) != "ppo":
-                return
             padded = self.pad_responses(data)
             scores = score_logprobs(
                 self.model,
@@ -66,17 +68,17 @@ class PolicyTrainer(TrainerModule):
 
     def train_step(self, data: list[Columns]) -> dict[str, float]:
         """One update on this rank's part of a global batch."""
-        loss = self._choose_loss(data)
+        loss = self._choose_loss(data[0].keys())
         train = {"ppo": self._train_ppo, "dpo": self._train_dpo, "sft": self._train_supervised}
         return train[loss](data)
 
-    def _choose_loss(self, data: Sequence[Columns]) -> str:
+    def _choose_loss(self, columns: Collection[str]) -> str:
         given = self.algorithm.loss
         if given != "auto":
             return given
-        if "chosen_token_ids" in data[0]:
+        if "chosen_token_ids" in columns:
             return "dpo"
-        return "ppo" if {"rewards", "advantages"} & data[0].keys() else "sft"
+        return "ppo" if {"rewards", "advantages"} & set(columns) else "sft"
 
     def _train_ppo(self, data: list[Columns]) -> dict[str, float]:
         has_critic = "advantages" not in data[0]
@@ -89,11 +91,15 @@ class PolicyTrainer(TrainerModule):
             if has_critic:
                 self._add_advantages(batches)
         loss = build_policy_loss(
-            self.algorithm, totals, self._scorer(data), kl_in_loss=entry == "loss"
+            self.algorithm,
+            totals,
+            self._scorer(data),
+            kl_in_loss=entry == "loss",
+            has_reference="ref_logprobs" in data[0],
         )
         metrics = self.update(batches, loss)
         metrics["num_tokens"] = totals.num_tokens
-        self._check_first_update(metrics["update_kl"])
+        self._check_first_update(metrics)
         return metrics
 
     def _require_columns(self, data: Columns, entry: str, *, has_critic: bool) -> None:
@@ -162,15 +168,19 @@ class PolicyTrainer(TrainerModule):
         for batch, values in zip(batches, advantages, strict=True):
             batch.extras["advantages"] = values
 
-    def _check_first_update(self, update_kl: float) -> None:
+    def _check_first_update(self, metrics: Mapping[str, float]) -> None:
         """In debug mode: nothing has been learned yet, so the ratio must be exactly 1."""
         is_first, self._is_first_update = self._is_first_update, False
-        has_dropout = self.settings.transformer.hidden_dropout > 0
+        transformer = self.settings.transformer
+        has_dropout = max(transformer.hidden_dropout, transformer.attention_dropout) > 0
         if not (is_first and self.runtime_args.debug) or has_dropout:
             return
-        if not update_kl <= _FIRST_UPDATE_KL:
+        gap, update_kl = metrics["ratio_gap"], metrics["update_kl"]
+        # A mean of absolute values: it is 0 only where each of them is.
+        if gap != 0.0 or not update_kl <= _FIRST_UPDATE_KL:
             raise NumericsError(
-                f"model {self.name!r}: the first update after a rollout has a KL of "
-                f"{update_kl:.3g} to the policy that was scored before it; expected at most "
-                f"{_FIRST_UPDATE_KL:g}: scoring and training see different numbers"
+                f"model {self.name!r}: in the first update after a rollout the ratio differs from "
+                f"1 by {gap:.3g} on average, and the KL to the policy that was scored before it is "
+                f"{update_kl:.3g}; expected exactly 1 and at most {_FIRST_UPDATE_KL:g}: scoring "
+                "and training see different numbers"
             )

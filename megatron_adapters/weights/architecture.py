@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from chatlearn.config.expert_layers import find_expert_layers
 from chatlearn.config.model_fields import MODEL_FIELDS
 from chatlearn.errors import ConfigError
 from chatlearn.parallel.layout import ParallelLayout
@@ -17,7 +18,6 @@ __all__ = [
     "GroupedAttention",
     "Head",
     "LatentAttention",
-    "find_expert_layers",
     "read_architecture",
 ]
 
@@ -152,28 +152,6 @@ class Architecture:
     has_stacked_layers: bool
     head: Head
     dtype: str
-
-
-def find_expert_layers(moe_layer_freq: Any, num_layers: int) -> tuple[bool, ...]:
-    """For each layer of a mixture-of-experts model, whether it has experts.
-
-    Args:
-        moe_layer_freq: every how many layers there is one, from the first on; or a list with 1
-            for a layer with experts and 0 for a dense one.
-        num_layers: of the model.
-
-    Raises:
-        ConfigError: the list has another length, or neither 0 nor 1 in it.
-    """
-    if not isinstance(moe_layer_freq, list | tuple):
-        return tuple(number % int(moe_layer_freq) == 0 for number in range(num_layers))
-    pattern = list(cast("Sequence[Any]", moe_layer_freq))
-    if len(pattern) != num_layers or not set(pattern) <= {0, 1}:
-        raise ConfigError(
-            f"moe_layer_freq: got {pattern}, expected {num_layers} numbers (num_layers), 1 for a "
-            "layer with experts and 0 for a dense one"
-        )
-    return tuple(flag == 1 for flag in pattern)
 
 
 def read_architecture(

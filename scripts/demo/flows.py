@@ -14,6 +14,7 @@ from megatron_adapters import (
     ValueInference,
     ValueTrainer,
 )
+from scripts.demo.problems import Problem
 from scripts.demo.verifier import BoundedReward, RuleVerifier
 
 if TYPE_CHECKING:
@@ -38,10 +39,13 @@ class AdditionEvaluator(Evaluator):
     def post_process(
         self, results: Mapping[str, Sequence[dict[str, Any]]], eval_info: Mapping[str, int]
     ) -> dict[str, float]:
-        """`exact_match` and, where a reward model scores as well, its mean `reward`."""
+        """`exact_match`, `right_or_carry_free` and, with a reward model, its mean `reward`."""
         del eval_info
         rows = next(iter(results.values()))
-        metrics = {"exact_match": _mean(rows, "exact_match")}
+        metrics = {
+            "exact_match": _mean(rows, "exact_match"),
+            "right_or_carry_free": sum(map(_is_right_or_carry_free, rows)) / len(rows),
+        }
         if "reward_score" in rows[0]:
             metrics["reward"] = _mean(rows, "reward_score")
         return metrics
@@ -149,6 +153,11 @@ def _build_evaluator(
         return checked if judge is None else judge.eval_step(checked)
 
     return AdditionEvaluator(eval_flow)
+
+
+def _is_right_or_carry_free(row: Mapping[str, Any]) -> bool:
+    problem = Problem.from_prompt(row["prompt"])
+    return row["response"] in (problem.answer, problem.carry_free_answer)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -50,6 +50,12 @@ class Problem:
         tens = (self.first // 10 + self.second // 10) % 10
         return f"0{tens}{ones}"
 
+    @classmethod
+    def from_prompt(cls, prompt: str) -> Problem:
+        """The problem that a prompt poses."""
+        first, second = prompt.rstrip("=").split("+")
+        return cls(int(first), int(second))
+
     def as_row(self) -> dict[str, str]:
         """What the verifier and the policy need."""
         return {"prompt": self.prompt, "answer": self.answer}

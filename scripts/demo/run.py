@@ -14,8 +14,8 @@ import psutil
 
 import chatlearn
 from chatlearn.checkpoint.folders import find_checkpoints
-from chatlearn.engine.from_config import build_engine, set_datasets
-from chatlearn.errors import ChatLearnError
+from chatlearn.cli.main import run_to_exit_code
+from chatlearn.engine.from_config import build_engine
 from scripts.demo.problems import (
     Problem,
     build_tokenizer,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from chatlearn import RunResult
 
-__all__ = ["main"]
+__all__ = ["main", "name_checkpoint"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 # Steps of 128 rows, and the share of their answers that forget the carries.
@@ -40,27 +40,38 @@ _ROWS_PER_STEP = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; gives the exit code."""
+    """Run the demo; gives the exit code, as the command line does."""
     options = _parse(arguments)
+    return run_to_exit_code(lambda: _run_demo(options))
+
+
+def _run_demo(options: argparse.Namespace) -> None:
     started_s = psutil.Process().create_time()
     folder = Path(options.output).resolve()
-    try:
-        training, held_out = _prepare_data(folder, options.seed)
-        _say("1. warm start: supervised training on right and on carry-free answers")
-        warm_start = _run_config("demo_warm_start", options.seed)
-        os.environ["WARM_START"] = _checkpoint(warm_start, "warm_start")
-        name = f"demo_{options.algo}"
-        if options.reward == "model":
-            _say("2. reward model: trained on pairs of answers")
-            _train_reward_model(folder, training, options.seed)
-            name += "_reward_model"
-        _say(f"3. {options.algo.upper()} with {_describe_reward(options.reward)}")
-        result = _run_config(name, options.seed, options.overrides)
-    except ChatLearnError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    write_report(result, held_out, options, time.time() - started_s)
-    return 0
+    training, held_out = _prepare_data(folder, options.seed)
+    _say("1. warm start: supervised training on right and on carry-free answers")
+    name_checkpoint(folder, _run_config("demo_warm_start", options.seed).run_dir, "warm_start")
+    name = f"demo_{options.algo}"
+    if options.reward == "model":
+        _say("2. reward model: trained on pairs of answers")
+        _train_reward_model(folder, training, options.seed)
+        name += "_reward_model"
+    _say(f"3. {options.algo.upper()} with {_describe_reward(options.reward)}")
+    result = _run_config(name, options.seed, options.overrides)
+    write_report(result, held_out, options, started_s)
+
+
+def name_checkpoint(folder: Path, run_dir: Path, model_name: str) -> Path:
+    """Let `folder/model_name` lead to the model's newest checkpoint of a run.
+
+    The configs of the later steps name it, so that they also run by themselves afterwards.
+    """
+    newest = find_checkpoints(run_dir / "checkpoints")[-1] / "models" / model_name
+    link, draft = folder / model_name, folder / f".{model_name}.new"
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(os.path.relpath(newest, folder))
+    draft.replace(link)
+    return link
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -92,25 +103,17 @@ def _prepare_data(folder: Path, seed: int) -> tuple[list[Problem], list[Problem]
 
 
 def _train_reward_model(folder: Path, problems: Sequence[Problem], seed: int) -> None:
-    """Let the policy answer, make pairs of its mistakes, train, and name the checkpoint."""
+    """Let the policy answer, make pairs of its mistakes, train on them."""
     samples = _run_config("demo_sampling", seed).rollouts
     write_rows(folder / "data" / "pairs.jsonl", build_pairs(problems, samples, seed))
-    result = _run_config("demo_reward", seed)
-    os.environ["REWARD_MODEL"] = _checkpoint(result, "reward_trainer")
+    name_checkpoint(folder, _run_config("demo_reward", seed).run_dir, "reward_trainer")
 
 
 def _run_config(name: str, seed: int, overrides: Sequence[str] = ()) -> RunResult:
     """What `chatlearn train configs/NAME.yaml` does, with the demo's seed."""
     path = _ROOT / "configs" / f"{name}.yaml"
     config = chatlearn.init(path, [f"runtime.seed={seed}", *overrides])
-    engine = build_engine(config)
-    set_datasets(engine, config)
-    return engine.learn()
-
-
-def _checkpoint(result: RunResult, model_name: str) -> str:
-    newest = find_checkpoints(result.run_dir / "checkpoints")[-1]
-    return str(newest / "models" / model_name)
+    return build_engine(config).learn()
 
 
 def _describe_reward(kind: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from chatlearn import BaseModule
 from megatron_adapters import RewardInference
 
-__all__ = ["BoundedReward", "RuleVerifier"]
+__all__ = ["BoundedReward", "Brevity", "RuleVerifier"]
 
 
 class RuleVerifier(BaseModule):
@@ -34,6 +34,14 @@ class RuleVerifier(BaseModule):
     def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """The same as `forward_step`."""
         return self.forward_step(data)
+
+
+class Brevity(BaseModule):
+    """The shorter a response, the better: the reward of `configs/first_flow.yaml`."""
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds `rewards`: minus the response's tokens."""
+        return {**data, "rewards": [-float(len(ids)) for ids in data["response_token_ids"]]}
 
 
 class BoundedReward(RewardInference):

@@ -13,6 +13,7 @@ from chatlearn.data.stream import cut_batch
 from chatlearn.parallel.context import WorkerContext
 from chatlearn.parallel.layout import ParallelLayout
 from megatron_adapters import PolicyInference, PolicyReference, PolicyTrainer, ValueTrainer
+from megatron_adapters.model_building import unwrap
 
 SHAPE = {
     "num_layers": 4,
@@ -22,6 +23,8 @@ SHAPE = {
     "num_query_groups": 4,
     "vocab_size": 37,
     "max_sequence_length": 24,
+    # Large enough that positions, masks and caches show in the outputs.
+    "init_method_std": 0.1,
     "lr": 0.01,
     "weight_decay": 0.0,
     "clip_grad": 1.0,
@@ -123,6 +126,13 @@ def train_supervised(rank, fields, num_steps=2, micro_batch_size=2):
     data, _ = lane_batches(module, make_rows(7), SFT, micro_batch_size)
     steps = [module.train_step(data) for _ in range(num_steps)]
     return [(step["loss"], step["grad_norm"]) for step in steps]
+
+
+def layer_kinds(rank, fields):
+    """By layer number, from 1, the kind of the MLP in this rank's chunks."""
+    module = build_module(rank, "trainer", fields)
+    layers = [layer for chunk in module.model for layer in unwrap(chunk).decoder.layers]
+    return {layer.layer_number: type(layer.mlp).__name__ for layer in layers}
 
 
 def train_ppo(rank, fields, kind="trainer"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 
 import pytest
 
 from chatlearn import BaseModule
 from chatlearn.config import load_config
-from chatlearn.errors import PlacementError, WorkerError
+from chatlearn.errors import ConfigError, PlacementError, WorkerError
 from chatlearn.parallel.layout import ParallelLayout
 from chatlearn.runtime.contract import ModelSpec
 from chatlearn.runtime.local_backend import LocalBackend
@@ -45,6 +47,10 @@ def fail(_context, text):
     raise ValueError(text)
 
 
+def leave(_context, kind):
+    raise kind("gone")
+
+
 def who(context):
     return context.model_name, context.replica, context.rank, os.getpid()
 
@@ -60,7 +66,7 @@ def start(backend, config=None, names=("left", "right")):
 
 
 @pytest.fixture(scope="module")
-def _ray_backend(_ray_head, tmp_path_factory):
+def ray_backend(_ray_head, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         _ray_head.enter(patch)
         backend = RayBackend(tmp_path_factory.mktemp("logs"))
@@ -72,7 +78,7 @@ def _ray_backend(_ray_head, tmp_path_factory):
 @pytest.fixture(params=["local", "ray"])
 def running(request):
     if request.param == "ray":
-        yield request.getfixturevalue("_ray_backend")
+        yield request.getfixturevalue("ray_backend")
         return
     backend = LocalBackend()
     yield backend, start(backend)
@@ -137,6 +143,18 @@ def test_an_error_carries_role_rank_flow_line_and_traceback(running, how):
     assert "model 'right', replica 0, rank 0" in str(error)
 
 
+@pytest.mark.parametrize("kind", [SystemExit, asyncio.CancelledError])
+def test_what_leaves_the_process_elsewhere_is_an_error_of_the_worker(running, kind):
+    backend, groups = running
+    group = groups["left"][0]
+    with pytest.raises(WorkerError, match=f"{kind.__name__}: gone") as caught:
+        backend.fetch(group.call(leave, kind, flow_line="flow.py:2: left.f(b)")[0], TIMEOUT_S)
+    assert not caught.value.is_death
+    assert caught.value.flow_line == "flow.py:2: left.f(b)"
+    assert 'raise kind("gone")' in caught.value.worker_traceback
+    assert backend.fetch(group.call(add, 2, 2)[0], TIMEOUT_S) == 4
+
+
 def test_an_argument_that_failed_fails_its_consumer_with_the_first_cause(running):
     backend, groups = running
     (bad,) = groups["left"][0].call(fail, "no rows", flow_line="flow.py:1: left.f(b)")
@@ -176,6 +194,27 @@ def test_local_leaves_no_process_group():
     backend.close()
     backend.close()
     assert not dist.is_initialized()
+
+
+def test_a_keyboard_interrupt_that_a_ray_worker_raises_itself_is_its_error(ray_backend):
+    backend, groups = ray_backend
+    (call,) = groups["left"][0].call(leave, KeyboardInterrupt)
+    with pytest.raises(WorkerError, match="KeyboardInterrupt: gone"):
+        backend.fetch(call, TIMEOUT_S)
+
+
+class Locked(Model):
+    def __init__(self, name):
+        super().__init__(name)
+        self.guard = threading.Lock()
+
+
+def test_a_module_that_cannot_be_sent_is_named_before_anything_starts(tmp_path):
+    spec = ModelSpec("left", Locked("left"), ParallelLayout(), 1)
+    placement = plan_placement((), (), DeviceInventory(1, None, "logical"))
+    message = "model 'left' cannot be sent to its workers, because of its attribute 'guard': .*lock"
+    with pytest.raises(ConfigError, match=message):
+        RayBackend(tmp_path).start([spec], placement, load_config({}))
 
 
 def test_ray_stops_its_workers_and_only_those(ray_cluster, tmp_path):

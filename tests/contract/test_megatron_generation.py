@@ -31,10 +31,25 @@ def test_reported_logprobs_are_those_of_a_full_forward(ranks, name):
         assert reported == pytest.approx(scored, abs=1e-4)
 
 
-def test_reported_logprobs_are_those_of_a_full_forward_in_bf16(ranks):
-    tokens, logprobs = generate(ranks, "one", bf16=True, generation={"temperature": 1.0})
-    full = ranks.run(1, cases.score, {"bf16": True}, cases.rows_of(make_prompts(), tokens))[0]
-    for reported, scored in zip(logprobs, full, strict=True):
+def score(ranks, name, fields, tokens):
+    """Log-probabilities of a full forward, from a rank of the last stage."""
+    world_size, layout = LAYOUTS[name]
+    rows = cases.rows_of(make_prompts(), tokens)
+    return ranks.run(world_size, cases.score, {**layout, **fields}, rows)[-1]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_in_bf16_they_are_those_of_a_full_forward_in_the_same_layout(ranks, name):
+    tokens, logprobs = generate(ranks, name, bf16=True, generation={"temperature": 1.0})
+    for reported, scored in zip(logprobs, score(ranks, name, {"bf16": True}, tokens), strict=True):
+        assert reported == pytest.approx(scored, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2"])
+def test_in_bf16_they_are_those_of_another_layout_to_its_rounding(ranks, name):
+    """Tensor-parallel ranks add partial sums that are rounded to bf16."""
+    tokens, logprobs = generate(ranks, name, bf16=True, generation={"temperature": 1.0})
+    for reported, scored in zip(logprobs, score(ranks, "one", {"bf16": True}, tokens), strict=True):
         assert reported == pytest.approx(scored, abs=2e-2)
 
 
@@ -47,12 +62,26 @@ def test_every_layout_samples_the_same_tokens(ranks, name):
         assert found == pytest.approx(wanted, abs=1e-4)
 
 
-def test_a_row_does_not_depend_on_its_company(ranks):
-    crowded, crowded_logprobs = generate(ranks, "one")
-    narrow, narrow_logprobs = generate(ranks, "one", generation={"num_slots": 2})
+@pytest.mark.parametrize(("fields", "bound"), [({}, 1e-4), ({"bf16": True}, 2e-2)])
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_a_row_does_not_depend_on_its_company(ranks, fields, bound, num_slots):
+    crowded, crowded_logprobs = generate(ranks, "one", **fields)
+    narrow, narrow_logprobs = generate(ranks, "one", **fields, generation={"num_slots": num_slots})
     assert narrow == crowded
     for found, wanted in zip(narrow_logprobs, crowded_logprobs, strict=True):
-        assert found == pytest.approx(wanted, abs=1e-4)
+        assert found == pytest.approx(wanted, abs=bound)
+
+
+def test_positions_show_in_the_logprobs(ranks):
+    """Else a cache that forgets them would pass the tests above."""
+    tokens, logprobs = generate(ranks, "one", generation={"temperature": 1.0})
+    without = {"position_embedding_type": "none"}
+    gaps = [
+        abs(reported - scored)
+        for row, other in zip(logprobs, score(ranks, "one", without, tokens), strict=True)
+        for reported, scored in zip(row, other, strict=True)
+    ]
+    assert max(gaps) > 0.1
 
 
 def test_responses_end_at_a_stop_token_or_at_the_limit(ranks):

@@ -89,6 +89,29 @@ def test_experts_are_the_same_in_every_layout(ranks, fields):
         assert steps[0] == pytest.approx(reference[0], rel=1e-5)
 
 
+DENSE_AND_SPARSE = [1, 0, 0, 1]
+UNEVEN = {**PP2, "num_layers_in_first_pipeline_stage": 1}
+
+
+@pytest.mark.parametrize("fields", [{}, PP2, VPP2, UNEVEN], ids=["pp1", "pp2", "vpp2", "uneven"])
+@pytest.mark.parametrize("frequency", [3, DENSE_AND_SPARSE], ids=["number", "list"])
+def test_layers_have_experts_by_their_number_in_the_whole_model(ranks, fields, frequency):
+    fields = {**fields, **MOE, "moe_layer_freq": frequency}
+    world_size = fields.get("pipeline_model_parallel_size", 1)
+    found = {}
+    for own in ranks.run(world_size, cases.layer_kinds, fields):
+        found.update(own)
+    assert found == {1: "MoELayer", 2: "MLP", 3: "MLP", 4: "MoELayer"}
+
+
+@pytest.mark.parametrize("fields", [PP2, VPP2, UNEVEN], ids=["pp2", "vpp2", "uneven"])
+def test_dense_and_expert_layers_are_the_same_in_every_layout(ranks, fields):
+    mixed = {**MOE, "moe_layer_freq": DENSE_AND_SPARSE}
+    reference = ranks.run(1, cases.train_supervised, mixed)[0]
+    for steps in ranks.run(2, cases.train_supervised, {**fields, **mixed}):
+        assert steps[0] == pytest.approx(reference[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["tp2", "pp2", "pp2-vpp2", "dp2", "tp2-sp", "tp2-pp2"])
 @pytest.mark.parametrize("kind", ["trainer", "value"])
 def test_ppo_does_not_depend_on_the_layout(ranks, name, kind):
@@ -103,7 +126,8 @@ def test_ppo_does_not_depend_on_the_layout(ranks, name, kind):
 def test_the_first_update_after_a_rollout_has_a_ratio_of_one(ranks, name):
     world_size, fields = LAYOUTS[name]
     first, second = ranks.run(world_size, cases.train_ppo, fields)[0]
-    assert first["update_kl"] == 0.0
+    assert (first["ratio_gap"], first["update_kl"]) == (0.0, 0.0)
+    assert second["ratio_gap"] > 0.0
     assert second["update_kl"] > 1e-8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from chatlearn import BaseModule
+from megatron_adapters import PolicyTrainer
 
 SHAPE = {
     "num_layers": 2,
@@ -41,6 +42,21 @@ class InfiniteReward(LengthReward):
 
     def forward_step(self, data):
         return {**data, "rewards": torch.full((len(data["response_token_ids"]),), float("inf"))}
+
+
+class EvenReward(LengthReward):
+    """Likes every response alike."""
+
+    def forward_step(self, data):
+        return {**data, "rewards": torch.zeros(len(data["response_token_ids"]))}
+
+
+class ForgetfulTrainer(PolicyTrainer):
+    """Remembers its old log-probabilities not quite right."""
+
+    def prepare_episode(self, batches):
+        super().prepare_episode(batches)
+        self._old_logprobs = {key: value + 1e-6 for key, value in self._old_logprobs.items()}
 
 
 def prompts(count):

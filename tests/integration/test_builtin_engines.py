@@ -4,7 +4,11 @@ import megatron_runs as runs
 import pytest
 
 import chatlearn
+from chatlearn import Engine, Environment, Trainer
+from chatlearn.config.schema import RuntimeConfig
 from chatlearn.engine.from_config import build_engine
+from chatlearn.engine.sample_managers import GroupAdvantageManager
+from megatron_adapters import PolicyInference, PolicyTrainer
 
 LOCAL_REWARD = {"module": "megatron_runs:LengthReward"}
 
@@ -47,6 +51,7 @@ def test_grpo_trains_on_group_advantages(tmp_path):
     result = learn(tmp_path, content, runs.prompts(6))
     assert result.metrics[-1]["train/policy_trainer/num_tokens"] > 0
     assert result.metrics[0]["train/policy_trainer/update_kl"] == 0.0
+    assert result.metrics[0]["time/train/policy_trainer.prepare_episode"] > 0
 
 
 def test_grpo_refuses_a_kl_in_the_reward(tmp_path):
@@ -72,8 +77,57 @@ def test_online_dpo_makes_pairs_of_its_own_samples(tmp_path):
     names = ("policy", "reference", "policy_trainer")
     content = runs.config("online_dpo", names, runtime, reward=LOCAL_REWARD)
     result = learn(tmp_path, content, runs.prompts(6))
+    assert result.metrics[0]["relay/skipped"] == 0.0
     assert 0 < result.metrics[0]["relay/kept_pairs"] <= 1
     assert result.metrics[0]["train/policy_trainer/num_pairs"] <= 6
+
+
+def test_online_dpo_leaves_an_episode_out_whose_rewards_all_tie(tmp_path):
+    runtime = {"sample_per_episode": 3, "num_samples_per_prompt": 2, "num_episode": 2}
+    names = ("policy", "reference", "policy_trainer")
+    reward = {"module": "megatron_runs:EvenReward"}
+    content = runs.config("online_dpo", names, runtime, reward=reward)
+    result = learn(tmp_path, content, runs.prompts(6))
+    assert [metrics["relay/skipped"] for metrics in result.metrics] == [1.0, 1.0]
+    assert not any(name.startswith("train/") for name in result.metrics[-1])
+
+
+def test_debug_mode_finds_a_ratio_that_is_not_one(tmp_path):
+    trainer = {"module": "megatron_runs:ForgetfulTrainer"}
+    names = ("policy", "reference", "policy_trainer")
+    runtime = {"sample_per_episode": 2, "num_samples_per_prompt": 2}
+    content = runs.config("grpo", names, runtime, reward=LOCAL_REWARD, policy_trainer=trainer)
+    message = "the ratio differs from 1 by .*; expected exactly 1 and at most 1e-08"
+    with pytest.raises(chatlearn.errors.ChatLearnError, match=message):
+        learn(tmp_path, content, runs.prompts(4))
+
+
+def test_without_a_reference_there_is_no_kl_to_it(tmp_path):
+    policy, reward = PolicyInference("policy"), runs.LengthReward("reward")
+    trainer = PolicyTrainer("policy_trainer")
+    engine = Engine(
+        Environment(lambda batch: reward.forward_step(policy.forward_step(batch))),
+        Trainer(lambda batch: trainer.train_step(batch)),
+    ).set_relay_sample_manager(GroupAdvantageManager())
+    runtime = {"backend": "local", "output_dir": str(tmp_path), "algorithm": {"kl_coef": 0}}
+    chatlearn.init(runs.config(None, ("policy", "policy_trainer"), runtime))
+    metrics = engine.set_dataset(runs.prompts(4)).learn().metrics[0]
+    assert "train/policy_trainer/update_kl" in metrics
+    assert "train/policy_trainer/kl" not in metrics
+
+
+@pytest.mark.parametrize(("columns", "is_wanted"), [("rewards", True), ("chosen_token_ids", False)])
+def test_only_ppo_sees_the_episode_before_its_first_update(columns, is_wanted):
+    trainer = PolicyTrainer("policy_trainer")
+    trainer.needs_whole_episode = True
+    trainer._runtime_args = RuntimeConfig()
+    assert trainer.wants_whole_episode(["prompt_token_ids", columns]) is is_wanted
+
+
+def test_dpo_prepares_no_episode(tmp_path):
+    content = runs.config("dpo", ("reference", "policy_trainer"), {"train_global_batch_size": 4})
+    result = learn(tmp_path, content, runs.pairs(8))
+    assert "prepare_episode" not in (result.run_dir / "timeline.json").read_text()
 
 
 def test_eval_runs_each_model_over_what_the_one_before_gave(tmp_path):

@@ -101,6 +101,19 @@ def test_several_data_sets_are_mixed_by_ratio(learn_locally):
     assert [sum(p < 100 for p in prompts), sum(p >= 100 for p in prompts)] == [6, 2]
 
 
+def test_the_files_of_the_config_are_read_where_the_program_sets_no_data(learn_locally, tmp_path):
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    train.write_text('{"prompt": 1}\n{"prompt": 2}\n')
+    held_out.write_text('{"prompt": 3}\n')
+    sampler = Sampler("sampler")
+    flow = Environment(lambda b: sampler.forward_step(b))
+    engine = Engine(flow, None, Evaluator(lambda b: sampler.eval_step(b)))
+    result = learn_locally(engine, data_path=str(train), eval_data_path=str(held_out))
+    assert sorted(int(row["answer"]) for row in result.rollouts) == [2, 4]
+    assert [int(row["answer"]) for row in result.evaluation["sampler"]] == [6]
+    assert (engine.datasets, engine.eval_datasets) == ((), ())
+
+
 def test_an_engine_without_a_flow_is_refused(learn_locally):
     with pytest.raises(ConfigError, match="has no flow"):
         learn_locally(Engine().set_dataset([1]))

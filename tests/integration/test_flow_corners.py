@@ -163,18 +163,6 @@ def test_rewards_of_any_shape_are_rows_like_others(learn_locally):
     assert line["episode/m/strange"] is None
 
 
-class Leaver(BaseModule):
-    def forward_step(self, data):
-        raise SystemExit(0)
-
-
-def test_a_module_that_exits_is_a_failure(learn_locally):
-    m = Leaver("m")
-    engine = Engine(Environment(lambda batch: m.forward_step(batch))).set_dataset([1])
-    with pytest.raises(ChatLearnError, match="SystemExit"):
-        learn_locally(engine)
-
-
 class Slow(BaseModule):
     def forward_step(self, data):
         time.sleep(0.2)

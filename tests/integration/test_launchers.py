@@ -16,6 +16,7 @@ import pytest
 from interrupts import heed_interrupts
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+LAUNCHERS = ["run_ray_cluster.sh", "run_torchrun.sh"]
 LIMIT_S = 100
 
 ENGINE = """
@@ -113,7 +114,7 @@ def workplace(tmp_path: Path) -> Workplace:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["run_ray_cluster.sh", "run_torchrun.sh"])
+@pytest.mark.parametrize("script", LAUNCHERS)
 def test_workers_run_on_both_nodes_and_all_leave_with_the_driver(
     workplace: Workplace, script: str
 ) -> None:
@@ -134,23 +135,38 @@ def test_run_local_joins_a_cluster_of_two_nodes_that_is_there(workplace: Workpla
 
 
 @pytest.mark.slow
-def test_every_node_fails_when_the_driver_fails(workplace: Workplace) -> None:
-    codes, outputs = workplace.run_nodes(
-        "run_ray_cluster.sh", "run.yaml", "models.where.args.fails=true"
-    )
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_every_node_fails_when_the_driver_fails(workplace: Workplace, script: str) -> None:
+    codes, outputs = workplace.run_nodes(script, "run.yaml", "models.where.args.fails=true")
     assert codes == [1, 1], outputs
     assert "this worker fails on purpose" in outputs[0]
     assert workplace.leftovers() == []
 
 
+def test_torchrun_keeps_the_exit_code_of_a_bad_config(workplace: Workplace) -> None:
+    process = workplace.start(
+        "run_torchrun.sh", "run.yaml", "runtime.num_episodes=2", NUM_NODES="1"
+    )
+    output = process.communicate(timeout=LIMIT_S)[0]
+    assert process.returncode == 2, output
+    assert "did you mean 'num_episode'?" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "codes"), [(signal.SIGINT, [130, 130]), (signal.SIGKILL, [-9, 1])]
+    ("script", "number", "codes"),
+    [
+        ("run_ray_cluster.sh", signal.SIGINT, [130, 130]),
+        ("run_ray_cluster.sh", signal.SIGKILL, [-9, 1]),
+        ("run_torchrun.sh", signal.SIGINT, [130, 130]),
+        ("run_torchrun.sh", signal.SIGTERM, [143, 143]),
+    ],
 )
 def test_a_signal_to_the_first_node_ends_all(
-    workplace: Workplace, number: signal.Signals, codes: list[int]
+    workplace: Workplace, script: str, number: signal.Signals, codes: list[int]
 ) -> None:
-    arguments = ("run_ray_cluster.sh", "run.yaml", "models.where.args.seconds=60")
+    arguments = (script, "run.yaml", "models.where.args.seconds=60")
     nodes = [workplace.start(*arguments, NODE_RANK=str(rank)) for rank in range(2)]
     deadline = time.monotonic() + LIMIT_S
     while not (workplace.folder / "worker_is_busy").exists() and time.monotonic() < deadline:
@@ -158,6 +174,7 @@ def test_a_signal_to_the_first_node_ends_all(
     nodes[0].send_signal(number)
     outputs = [node.communicate(timeout=LIMIT_S)[0] for node in nodes]
     assert [node.returncode for node in nodes] == codes, outputs
+    assert number == signal.SIGKILL or not any("Traceback" in output for output in outputs)
     assert workplace.leftovers(30.0) == []
 
 

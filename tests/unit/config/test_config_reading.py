@@ -1,5 +1,7 @@
 """Files, includes, variables, overrides and model files."""
 
+from typing import Any
+
 import pytest
 
 from chatlearn.config import load_config
@@ -17,6 +19,12 @@ def write(tmp_path):
         return path
 
     return write_file
+
+
+def test_what_is_neither_file_nor_mapping_is_refused():
+    wrong: Any = [1]
+    with pytest.raises(ConfigError, match="the config is a list; expected the path of a YAML file"):
+        load_config(wrong)
 
 
 def test_a_file_wins_over_what_it_includes_key_by_key(write):

@@ -1,5 +1,7 @@
 """Past episodes and what a sample manager gives back."""
 
+from typing import Any
+
 import pytest
 
 from chatlearn.data.relay import EpisodeRelayBuffer, RelaySampleManager, RelayStore, identify_rows
@@ -59,8 +61,14 @@ def test_a_fresh_id_is_one_that_no_row_has():
     assert found[RowId(-2, 0)] == {"x": 3}
 
 
-def test_what_is_no_id_is_replaced_by_one():
-    assert identify_rows([{"row_id": [1, 0], "x": 1}]) == {RowId(-1, 0): {"x": 1}}
+@pytest.mark.parametrize("row_id", [(1,), (1, 2, 3), ("a", 0), [1, 0], 7])
+def test_what_is_no_id_is_refused(row_id):
+    with pytest.raises(DataError, match=r"a row with row_id=.*; expected the row_id of a sample"):
+        identify_rows([{"x": 0}, {"row_id": row_id, "x": 1}])
+
+
+def test_a_plain_pair_is_an_id():
+    assert identify_rows([{"row_id": (1, 0), "x": 1}]) == {RowId(1, 0): {"x": 1}}
 
 
 def test_a_new_row_does_not_displace_one_before_it():
@@ -68,9 +76,11 @@ def test_a_new_row_does_not_displace_one_before_it():
     assert list(found.values()) == [{"x": 1}, {"x": 2}]
 
 
-def test_no_rows_and_rows_that_are_none_are_refused():
-    with pytest.raises(DataError, match="gave no rows: there is nothing to train on"):
-        identify_rows([])
+def test_no_rows_are_fine_and_what_is_no_list_of_rows_is_refused():
+    assert identify_rows([]) == {}
+    nothing: Any = None
+    with pytest.raises(DataError, match="gave NoneType; expected a list of rows"):
+        identify_rows(nothing)
     wrong: list = [{"x": 1}, 3]
     with pytest.raises(DataError, match="gave a row of type int; expected a dict"):
         identify_rows(wrong)

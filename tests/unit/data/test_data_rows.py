@@ -1,6 +1,8 @@
 """RowBatch and the join of a call's inputs."""
 
 import pickle
+from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +106,35 @@ def test_an_output_is_cut_into_rows_without_its_graph():
     assert not any(t.requires_grad for t in cut.columns["scores"] + cut.columns["parts"])
     assert cut.columns["words"] == ["a", "b"]
     assert cut.columns["array"] == [1, 2]
+
+
+def test_rows_share_no_memory_with_the_output():
+    weight, array = torch.nn.Parameter(torch.zeros(2, 3)), np.zeros((2, 2))
+    parts, pair, thing = [torch.zeros(1), torch.zeros(2)], ([0], "a"), SimpleNamespace(value=0)
+    output = {"w": weight[:2], "a": array, "p": parts, "t": [pair, pair], "o": [thing, thing]}
+    rows = RowBatch.from_output(ids(5, 6), output, "policy.score").to_rows()[0]
+    with torch.no_grad():
+        weight.add_(1)
+    array += 1
+    parts[0] += 1
+    pair[0].append(1)
+    thing.value = 1
+    assert (rows["w"].tolist(), rows["a"].tolist()) == ([0.0] * 3, [0.0, 0.0])
+    assert (rows["p"].tolist(), rows["t"], rows["o"].value) == ([0.0], ([0], "a"), 0)
+
+
+def test_a_method_gets_tuples_and_objects_of_its_own():
+    made = batch([1], t=[([0],)], o=[SimpleNamespace(value=0)])
+    columns = made.collate()
+    columns["t"][0][0].append(1)
+    columns["o"][0].value = 1
+    assert (made.columns["t"], made.columns["o"][0].value) == ([([0],)], 0)
+
+
+def test_what_cannot_leave_the_process_names_the_call_and_the_column():
+    message = "policy.score: column 'lock' holds what cannot be copied or sent .*lock"
+    with pytest.raises(DataError, match=message):
+        RowBatch.from_output(ids(1), {"lock": [Lock()]}, "policy.score")
 
 
 @pytest.mark.parametrize(

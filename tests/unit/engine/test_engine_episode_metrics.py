@@ -2,14 +2,20 @@
 
 import pytest
 
-from chatlearn.engine.episode_metrics import WeightedMeans, summarize_records, wall_seconds
+from chatlearn.engine.episode_metrics import (
+    WeightedMeans,
+    average_workers,
+    summarize_records,
+    wall_seconds,
+)
 from chatlearn.flow.execute import StageRecord
 from chatlearn.flow.stage import StageReport
 
 
-def record(model, lane, start_s, end_s, *, rows=1, metrics=None, statistics=None):
-    report = StageReport(start_s, end_s, rows, metrics or {}, statistics or {})
-    return StageRecord("environment", model, "forward_step", lane, report)
+def record(model, lane, start_s, end_s, *, rows=1, position=(True, 0), **shown):
+    metrics, statistics = shown.get("metrics", {}), shown.get("statistics", {})
+    report = StageReport(start_s, end_s, rows, metrics, statistics)
+    return StageRecord("environment", model, "forward_step", lane, report, position)
 
 
 def test_means_are_weighted_and_prefixed():
@@ -19,10 +25,12 @@ def test_means_are_weighted_and_prefixed():
     assert means.result() == {"train/policy/kl": 2.0, "train/policy/loss": 2.0}
 
 
-def test_a_metric_without_weight_is_left_out():
+def test_values_without_weight_count_only_where_there_are_no_others():
     means = WeightedMeans()
-    means.add({"kl": 1.0}, 0.0)
-    assert means.result() == {}
+    means.add({"kl": 1.0, "gap": float("nan")}, 0.0)
+    means.add({"kl": 2.0}, 0.0)
+    means.add({"gap": 3.0}, 0.5)
+    assert means.result() == {"kl": 1.5, "gap": 3.0}
 
 
 def test_calls_count_by_their_rows():
@@ -42,9 +50,32 @@ def test_what_modules_log_carries_their_name():
     assert (found["train/a/loss"], found["train/b/loss"]) == (1.0, 3.0)
 
 
-def test_a_call_without_rows_counts_as_one():
-    found = summarize_records([record("a", "a[0]", 0, 1, rows=0, metrics={"loss": 2.0})], "train")
-    assert found["train/a/loss"] == 2.0
+def test_a_lane_without_rows_does_not_count():
+    records = [
+        record("a", "a[0]", 0, 1, rows=1, metrics={"mean": 10.0}),
+        record("a", "a[1]", 0, 1, rows=0, metrics={"mean": 0.0}),
+    ]
+    assert summarize_records(records, "train")["train/a/mean"] == 10.0
+    assert summarize_records(records[1:], "train")["train/a/mean"] == 0.0
+
+
+def test_a_row_statistic_is_that_of_the_last_call_on_the_way_to_a_returned_value():
+    records = [
+        record("reward", "r[0]", 0, 1, rows=2, statistics={"reward": 1.0}, position=(True, 1)),
+        record("shaper", "s[0]", 0, 1, rows=1, statistics={"reward": 5.0}, position=(True, 2)),
+        record("shaper", "s[0]", 1, 2, rows=3, statistics={"reward": 9.0}, position=(True, 2)),
+        record("judge", "j[0]", 0, 1, rows=9, statistics={"reward": 7.0}, position=(False, 3)),
+    ]
+    assert summarize_records(records, "rollout")["rollout/reward"] == 8.0
+    assert summarize_records(records[-1:], "rollout")["rollout/reward"] == 7.0
+
+
+def test_workers_count_alike_where_they_logged_a_name():
+    found = {"policy": [{"seconds": 1.0}, {"seconds": 2.0, "hits": 4.0}, {}], "value": [{}]}
+    assert average_workers(found, "episode") == {
+        "episode/policy/seconds": 1.5,
+        "episode/policy/hits": 4.0,
+    }
 
 
 def test_a_stage_takes_the_seconds_of_its_longest_lane():

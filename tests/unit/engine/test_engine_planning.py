@@ -68,6 +68,18 @@ def test_a_sync_with_a_model_outside_every_flow_is_refused():
         plan_flows(Environment(inside.forward_step), None, None, [ParameterSync(inside, outside)])
 
 
+def test_two_syncs_to_one_model_are_refused():
+    policy, one, other = models("policy", "one", "other")
+
+    def trainer_flow(batch):
+        one.train_step(batch)
+        other.train_step(batch)
+
+    pairs = [ParameterSync(one, policy), ParameterSync(other, policy)]
+    with pytest.raises(ConfigError, match="gives 'policy' the weights of 'one' and of 'other'"):
+        plan_flows(Environment(policy.forward_step), Trainer(trainer_flow), None, pairs)
+
+
 def test_two_models_of_one_name_in_two_flows_are_refused():
     one, other = models("m", "m")
     with pytest.raises(FlowError, match="two different models are called 'm'"):

@@ -70,9 +70,10 @@ def test_a_pair_is_the_best_against_the_worst_sample_of_a_prompt():
     assert manager.take_metrics() == {"kept_pairs": 0.5}
 
 
-def test_prompts_that_teach_nothing_at_all_are_an_error():
-    with pytest.raises(DataError, match="same reward, .* raise runtime.num_samples_per_prompt"):
-        PreferencePairManager()([episode([1.0, 1.0], [0.0])])
+def test_prompts_that_teach_nothing_at_all_give_no_pair():
+    manager = PreferencePairManager()
+    assert manager([episode([1.0, 1.0], [0.0])]) == []
+    assert manager.take_metrics() == {"kept_pairs": 0.0}
 
 
 @pytest.mark.parametrize("missing", ["rewards", "ref_logprobs", "response_token_ids"])

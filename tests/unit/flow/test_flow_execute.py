@@ -1,5 +1,6 @@
 """Running flows over fake workers: every row once, joined by row id."""
 
+import time
 from typing import Any
 
 import pytest
@@ -203,6 +204,23 @@ def test_no_rows_are_done_at_once():
     assert backend.most_open == 0
 
 
+def test_batches_with_different_columns_name_their_producer():
+    class Moody(Tagger):
+        def forward_step(self, data):
+            return {f"y{int(data['x'][0]) % 2}": data["x"]}
+
+    moody, second = Moody("a"), Tagger("b")
+    run, loop, _, _ = build_run(
+        lambda batch: second.forward_step(moody.forward_step(batch)),
+        {moody: (1, ONE), second: (1, ONE)},
+        rows=2,
+        batch_sizes={"a": 1, "b": 2},
+    )
+    message = r"rows of a.forward_step#0: batches have different columns: \['y0'\] and \['y1'\]"
+    with pytest.raises(DataError, match=message):
+        loop.run_until(lambda: run.is_done)
+
+
 def test_an_output_with_too_few_rows_names_the_call():
     class Short(Tagger):
         def forward_step(self, data):
@@ -222,6 +240,25 @@ def test_a_call_that_outlasts_the_limit_names_stage_and_worker():
     message = r"stage_timeout_s=0: a.forward_step on a.r2.0 for 0 s. Raise the limit"
     with pytest.raises(WaitTimeoutError, match=message):
         loop.run_until(lambda: False)
+
+
+def test_a_call_that_hangs_is_noticed_while_others_keep_finishing():
+    class Busy(FakeBackend):
+        def wait_any(self, calls, timeout_s):
+            time.sleep(0.01)
+            return tuple(call for call in calls if call.worker.model_name == "busy")
+
+    def keep_busy():
+        loop.submit(busy.call(lambda context: None), keep_busy, "busy.forward_step")
+
+    backend = Busy()
+    busy, hung = (FakeGroup(backend, Tagger(name), 0, ONE) for name in ("busy", "hung"))
+    loop = CallLoop(backend, stage_timeout_s=0.1)
+    loop.submit(hung.call(lambda context: None), lambda: None, "hung.forward_step")
+    keep_busy()
+    end_s = time.monotonic() + 5
+    with pytest.raises(WaitTimeoutError, match="=0.1: hung.forward_step on hung.r0.0 for 0 s. R"):
+        loop.run_until(lambda: time.monotonic() > end_s)
 
 
 def test_a_loop_with_nothing_to_wait_for_stops():

@@ -2,6 +2,7 @@
 
 import functools
 import textwrap
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -201,7 +202,22 @@ def test_control_dependencies_outside_a_flow_or_of_something_else_are_refused():
         trace_flow(flow, name="environment")
 
 
-def test_a_cycle_names_its_lines_only():
+def test_a_flow_cannot_wait_for_a_call_that_comes_later():
+    (model,) = models("m")
+    kept = []
+
+    def flow(batch):
+        with ControlDependencies(kept[0]) if kept else nullcontext():
+            first = model.forward_step(batch)
+        kept.append(model.forward_step(first))  # from the trace before, the later call
+        return first
+
+    trace_flow(flow, name="environment")
+    with pytest.raises(FlowError, match="expected an output of a call of this flow"):
+        trace_flow(flow, name="environment")
+
+
+def test_a_cycle_in_a_graph_that_was_not_traced_names_its_lines_only():
     nodes = [
         FlowNode(0, "a", "forward_step", (ROOT,), "flow.py:1: a", after=(2,)),
         FlowNode(1, "b", "forward_step", (ROOT,), "flow.py:2: b"),
@@ -211,7 +227,7 @@ def test_a_cycle_names_its_lines_only():
     with pytest.raises(FlowError) as caught:
         sort_nodes("environment", nodes, ())
     assert str(caught.value).splitlines() == [
-        "control dependencies of the environment flow close a cycle:",
+        "calls of the environment flow wait for each other in a cycle:",
         "  flow.py:1: a",
         "  flow.py:3: c",
     ]

@@ -156,6 +156,19 @@ def test_a_call_that_cannot_work_names_the_flows_line_and_the_remedy(call, messa
     assert str(caught.value).startswith(f"{__file__}:")
 
 
+def test_a_constructor_that_only_sets_the_name_is_not_enough():
+    class Halfway(BaseModule):
+        def __init__(self):
+            self.name = "halfway"
+
+        def forward_step(self, data):
+            return data
+
+    message = r"halfway.forward_step is not set up: call super\(\).__init__\(name\)"
+    with pytest.raises(FlowError, match=message):
+        trace_flow(Halfway().forward_step, name="environment")
+
+
 def test_a_module_needs_its_constructor_and_an_identifier_for_a_name():
     class Nameless(BaseModule):
         def __init__(self):
@@ -164,7 +177,7 @@ def test_a_module_needs_its_constructor_and_an_identifier_for_a_name():
         def forward_step(self, data):
             return data
 
-    with pytest.raises(FlowError, match=r"has no name yet: call super\(\).__init__\(name\)"):
+    with pytest.raises(FlowError, match=r"is not set up: call super\(\).__init__\(name\)"):
         trace_flow(Nameless().forward_step, name="environment")
     wrong: Any = 3
     for name in ("two words", "", "a.b", wrong):

@@ -1,0 +1,41 @@
+"""Which models cannot be built on which layout, known from the config alone. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from chatlearn.errors import ConfigError
+from chatlearn.parallel.layout import ParallelLayout
+from megatron_adapters.weights.pipeline_split import split_layers
+
+__all__ = ["find_layout_problems"]
+
+
+def find_layout_problems(
+    fields: Mapping[str, Any], layout: ParallelLayout, *, is_generating: bool, is_trained: bool
+) -> tuple[str, ...]:
+    """A line for each reason; none where a required field is missing, which is said elsewhere.
+
+    Args:
+        fields: the flat Megatron fields of one model.
+        layout: of one replica.
+        is_generating: the model decodes token by token.
+        is_trained: the model computes gradients.
+    """
+    problems: list[str] = []
+    if is_generating and layout.vpp_size > 1:
+        problems.append(
+            "a model that generates has no virtual stages: leave "
+            "virtual_pipeline_model_parallel_size out"
+        )
+    has_experts = bool(fields.get("num_moe_experts"))
+    if is_trained and has_experts and layout.tp_size > 1 and not fields.get("sequence_parallel"):
+        problems.append(
+            f"training experts with tensor_model_parallel_size={layout.tp_size} needs "
+            "sequence_parallel: true"
+        )
+    if fields.get("num_layers") is not None:
+        try:
+            split_layers(fields, layout)
+        except ConfigError as error:
+            problems.append(str(error))
+    return tuple(problems)
