@@ -254,6 +254,7 @@ class RayBackend:
         }
         by_name = {spec.name: spec for spec in specs}
         modules = {spec.name: cloudpickle.dumps(spec.module) for spec in specs}
+        reserved = ray_cluster.object_store_bytes()
         joins: dict[_Actor, Any] = {}
         for actor, summary in summaries.items():
             spec = by_name[summary.model_name]
@@ -265,6 +266,7 @@ class RayBackend:
                 "node_id": summary.node_id,
                 "is_cpu_only": spec.is_cpu_only,
                 "timeout_s": config.runtime.sync_timeout_s,
+                "reserved_shm_bytes": reserved.get(summary.node_id, 0),
             }
             where = address[summary.model_name, summary.replica]
             joins[actor] = actor.handle.join.remote(fields, spec.layout, modules[spec.name], where)

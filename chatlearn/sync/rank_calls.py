@@ -1,0 +1,105 @@
+"""Calls on the ranks of a sync, by the index of their endpoint, every wait bounded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from chatlearn.errors import WaitTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from chatlearn.runtime.contract import Backend, PendingCall, WorkerGroup
+
+__all__ = ["RankCalls"]
+
+_LEAST_FETCH_S = 1.0
+
+
+class RankCalls:
+    """The ranks of both models, sources first.
+
+    Args:
+        backend: runs the calls.
+        groups: worker groups of all replicas.
+        what: begins every message.
+        timeout_s: limit of what `deadline` gives.
+
+    Attributes:
+        awaited: for an endpoint a tensor that others await from it; shown in messages.
+    """
+
+    def __init__(
+        self, backend: Backend, groups: Sequence[WorkerGroup], what: str, timeout_s: float
+    ) -> None:
+        self._backend = backend
+        self._what = what
+        self._timeout_s = timeout_s
+        self._places = [(group, at) for group in groups for at in range(group.layout.world_size)]
+        self.awaited: Mapping[int, str] = {}
+
+    @property
+    def count(self) -> int:
+        """How many ranks there are."""
+        return len(self._places)
+
+    def deadline(self) -> float:
+        """The end of a step that begins now, on the monotonic clock."""
+        return time.monotonic() + self._timeout_s
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        ranks: Iterable[int],
+        deadline: float,
+        purpose: str,
+        arguments: Callable[[int], tuple[Any, ...]],
+    ) -> dict[int, Any]:
+        """Run `function(context, *arguments(index))` on some ranks at once; gives the results.
+
+        Raises:
+            WorkerError: a rank failed.
+            WaitTimeoutError: ranks did not answer in time; names them and what is awaited.
+        """
+        calls: dict[int, PendingCall] = {}
+        for at in ranks:
+            group, rank = self._places[at]
+            (calls[at],) = group.call(function, *arguments(at), ranks=(rank,))
+        self._wait(calls, deadline, purpose)
+        return {
+            at: self._backend.fetch(call, max(_LEAST_FETCH_S, deadline - time.monotonic()))
+            for at, call in calls.items()
+        }
+
+    def tell(self, function: Callable[..., Any], ranks: Iterable[int], *arguments: Any) -> None:
+        """Start a function on some ranks without waiting: it runs before any later call there."""
+        for at in ranks:
+            group, rank = self._places[at]
+            group.call(function, *arguments, ranks=(rank,))
+
+    def _wait(self, calls: Mapping[int, PendingCall], deadline: float, purpose: str) -> None:
+        left = dict(calls)
+        while left:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise WaitTimeoutError(
+                    f"{self._what}: within {self._timeout_s:g} s (runtime.sync_timeout_s) these "
+                    f"ranks did not {purpose}: {self._name(left)}"
+                )
+            try:
+                done = self._backend.wait_any(tuple(left.values()), min(remaining, 1.0))
+            except WaitTimeoutError:
+                continue
+            finished = {id(call) for call in done}
+            left = {at: call for at, call in left.items() if id(call) not in finished}
+
+    def _name(self, calls: Mapping[int, PendingCall]) -> str:
+        names: list[str] = []
+        for at, call in calls.items():
+            worker = call.worker
+            name = f"{worker.model_name}.r{worker.replica}.{worker.rank}"
+            tensor = self.awaited.get(at)
+            names.append(f"{name} (others await {tensor} from it)" if tensor else name)
+        return ", ".join(names)

@@ -1,0 +1,188 @@
+"""Tensors of one process that others on the same device or host read in place.
+
+On the CPU the storages of live tensors are moved to shared memory, once, where they stay: the
+tensors keep their identity, and a reader copies straight out of them. On CUDA they are opened by
+IPC handle. An owner keeps what it shares until its process ends; a reader keeps what it has opened
+until it is offered something else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from chatlearn.errors import SyncError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OpenedTensors", "SharedTensors", "TensorHandle"]
+
+_FOLDER = Path("/dev/shm")
+_POLL_S = 0.01
+
+
+class TensorHandle(NamedTuple):
+    """How another process finds a tensor.
+
+    Attributes:
+        storage: what torch needs to open the storage; its first entry is the kind of device.
+        dtype: torch's name without the prefix.
+        offset: of the first element, in elements.
+        shape: of the tensor.
+        stride: of the tensor, in elements.
+    """
+
+    storage: tuple[Any, ...]
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class SharedTensors:
+    """What an owner shares; a resource of its context.
+
+    Handles are made once for each storage: on CUDA each one made holds a counter until the end.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    def share(
+        self, tensors: Mapping[str, torch.Tensor], *, reserved_bytes: int, timeout_s: float
+    ) -> dict[str, TensorHandle] | None:
+        """Make tensors readable for other processes, and say how to find them.
+
+        Shared memory that does not suffice is noticed before anything is written: a page that
+        cannot be had would end the process with a SIGBUS.
+
+        Args:
+            tensors: by name; those on the CPU move to shared memory, together with all tensors
+                that share their storages.
+            reserved_bytes: shared memory that must stay free, for others who count on it.
+            timeout_s: limit of the wait for other processes that share at the same moment.
+
+        Returns:
+            The handles by name; None where shared memory is too small.
+
+        Raises:
+            SyncError: the lock was not to be had in time.
+        """
+        storages: list[Any] = [tensor.untyped_storage() for tensor in tensors.values()]
+        missing = {
+            storage.data_ptr(): storage.nbytes()
+            for storage in storages
+            if storage.device.type == "cpu" and not storage.is_shared()
+        }
+        if not missing:
+            return self._describe(tensors)
+        if not _FOLDER.is_dir():
+            return None
+        with _alone(timeout_s):
+            if shutil.disk_usage(_FOLDER).free < sum(missing.values()) + reserved_bytes:
+                return None
+            return self._describe(tensors)
+
+    def close(self) -> None:
+        """Forget the handles; what is shared stays so as long as its tensors live."""
+        self._handles.clear()
+
+    def _describe(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHandle]:
+        handles: dict[tuple[int, int], tuple[Any, ...]] = {}
+        found: dict[str, TensorHandle] = {}
+        for name, tensor in tensors.items():
+            storage: Any = tensor.untyped_storage()
+            # Where a storage moves to shared memory its address changes here, once.
+            if storage.device.type == "cpu" and not storage.is_shared():
+                storage._share_filename_cpu_()
+            place = (storage.data_ptr(), storage.nbytes())
+            if place not in handles:
+                handles[place] = self._handles.get(place) or _handle(storage)
+            found[name] = TensorHandle(
+                handles[place],
+                str(tensor.dtype).removeprefix("torch."),
+                tensor.storage_offset(),
+                tuple(tensor.shape),
+                tuple(tensor.stride()),
+            )
+        self._handles = handles
+        return found
+
+
+class OpenedTensors:
+    """What a reader has opened, by owner; a resource of the reader's context."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, dict[tuple[Any, ...], Any]] = {}
+
+    def open(
+        self, owner: int, handles: Mapping[str, TensorHandle], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """The owner's tensors by name; storages that it no longer offers are let go."""
+        known = self._storages.get(owner, {})
+        opened: dict[tuple[Any, ...], Any] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, handle in handles.items():
+            if handle.storage not in opened:
+                kept = known.get(handle.storage)
+                opened[handle.storage] = kept if kept is not None else _open(handle.storage, device)
+            tensors[name] = _view(opened[handle.storage], handle, device)
+        self._storages[owner] = opened
+        return tensors
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._storages.clear()
+
+
+@contextmanager
+def _alone(timeout_s: float) -> Generator[None]:
+    """Keep other processes of this user from taking the same shared memory meanwhile."""
+    path = Path(tempfile.gettempdir()) / f"chatlearn-shared-memory-{os.getuid()}.lock"
+    deadline = time.monotonic() + timeout_s
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise SyncError(
+                        f"{path} was held by another process for {timeout_s:g} s: is one of them "
+                        "stopped?"
+                    ) from None
+                time.sleep(_POLL_S)
+        yield
+
+
+def _handle(storage: Any) -> tuple[Any, ...]:
+    if storage.device.type == "cpu":
+        return ("cpu", *storage._share_filename_cpu_())
+    return ("cuda", *storage._share_cuda_())
+
+
+def _open(storage: tuple[Any, ...], device: torch.device) -> Any:
+    import torch
+
+    untyped: Any = torch.UntypedStorage
+    kind, *arguments = storage
+    if kind == "cpu":
+        return untyped._new_shared_filename_cpu(*arguments)
+    # The owner's index of the device; here the same device may have another one.
+    return untyped._new_shared_cuda(device.index, *arguments[1:])
+
+
+def _view(storage: Any, handle: TensorHandle, device: torch.device) -> torch.Tensor:
+    import torch
+
+    where = device if handle.storage[0] == "cuda" else torch.device("cpu")
+    empty = torch.empty(0, dtype=getattr(torch, handle.dtype), device=where)
+    return empty.set_(storage, handle.offset, handle.shape, handle.stride)
