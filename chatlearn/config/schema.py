@@ -38,6 +38,8 @@ def _as_ratio(value: Any) -> Any:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_paths)]
+
+
 def _as_check(value: Any) -> Any:
     # YAML's true and false, as ChatLearn's users write them.
     return {True: "full", False: "false"}.get(value, value) if isinstance(value, bool) else value

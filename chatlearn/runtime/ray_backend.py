@@ -70,9 +70,11 @@ class _RayGroup:
         """Start the function on the given ranks."""
         import ray
 
-        packed = ray.put((function, args))
+        chosen = tuple(ranks if ranks is not None else range(len(self._actors)))
+        # Several ranks share one copy in the object store; for one alone that is a detour.
+        packed = ray.put((function, args)) if len(chosen) > 1 else (function, args)
         calls: list[PendingCall] = []
-        for rank in ranks if ranks is not None else range(len(self._actors)):
+        for rank in chosen:
             method = self._actors[rank].run.options(num_returns=num_outputs)
             found = method.remote(packed, num_outputs, flow_line)
             refs = (found,) if num_outputs == 1 else tuple(found)

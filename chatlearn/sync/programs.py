@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -95,6 +96,7 @@ class RankProgram:
         exported: local names that ranks of other processes pull from.
         lent: local names that models of the same process pull from.
         blocks: as origin or as taker.
+        num_neighbours: destinations on the node of this one, itself included.
         described: dtype and least shape of each local tensor that moves, as described.
     """
 
@@ -105,6 +107,7 @@ class RankProgram:
     exported: set[str] = field(default_factory=set[str])
     lent: set[str] = field(default_factory=set[str])
     blocks: list[Block] = field(default_factory=list[Block])
+    num_neighbours: int = 1
     described: dict[str, Described] = field(default_factory=dict[str, Described])
     _by_turn: dict[int, list[Block]] = field(default_factory=dict[int, list[Block]])
 
@@ -133,6 +136,9 @@ def build_programs(plan: SyncPlan, is_sent: Callable[[Hop], bool]) -> tuple[Rank
     programs = tuple(
         RankProgram(index, index >= plan.num_sources) for index in range(len(plan.endpoints))
     )
+    takers_of = Counter(endpoint.node_id for endpoint in plan.endpoints[plan.num_sources :])
+    for program, endpoint in zip(programs, plan.endpoints, strict=True):
+        program.num_neighbours = max(1, takers_of[endpoint.node_id])
     origins: dict[int, int] = {}
     takers: dict[int, list[int]] = {}
     for hop in plan.hops:

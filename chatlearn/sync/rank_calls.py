@@ -63,10 +63,25 @@ class RankCalls:
             WorkerError: a rank failed.
             WaitTimeoutError: ranks did not answer in time; names them and what is awaited.
         """
+        return self.gather(self.start(function, ranks, arguments), deadline, purpose)
+
+    def start(
+        self,
+        function: Callable[..., Any],
+        ranks: Iterable[int],
+        arguments: Callable[[int], tuple[Any, ...]],
+    ) -> dict[int, PendingCall]:
+        """Like `run`, without waiting."""
         calls: dict[int, PendingCall] = {}
         for at in ranks:
             group, rank = self._places[at]
             (calls[at],) = group.call(function, *arguments(at), ranks=(rank,))
+        return calls
+
+    def gather(
+        self, calls: Mapping[int, PendingCall], deadline: float, purpose: str
+    ) -> dict[int, Any]:
+        """Wait for what `start` gave; as `run`."""
         self._wait(calls, deadline, purpose)
         return {
             at: self._backend.fetch(call, max(_LEAST_FETCH_S, deadline - time.monotonic()))

@@ -122,11 +122,15 @@ class OpenedTensors:
 
     def __init__(self) -> None:
         self._storages: dict[int, dict[tuple[Any, ...], Any]] = {}
+        self._handles: dict[int, Mapping[str, TensorHandle]] = {}
+        self._tensors: dict[int, dict[str, torch.Tensor]] = {}
 
     def open(
         self, owner: int, handles: Mapping[str, TensorHandle], device: torch.device
-    ) -> dict[str, torch.Tensor]:
+    ) -> Mapping[str, torch.Tensor]:
         """The owner's tensors by name; storages that it no longer offers are let go."""
+        if self._handles.get(owner) == handles:
+            return self._tensors[owner]
         known = self._storages.get(owner, {})
         opened: dict[tuple[Any, ...], Any] = {}
         tensors: dict[str, torch.Tensor] = {}
@@ -136,11 +140,26 @@ class OpenedTensors:
                 opened[handle.storage] = kept if kept is not None else _open(handle.storage, device)
             tensors[name] = _view(opened[handle.storage], handle, device)
         self._storages[owner] = opened
+        self._handles[owner] = handles
+        self._tensors[owner] = tensors
         return tensors
+
+    def knows(self, owner: int) -> bool:
+        """Whether tensors of this owner are open."""
+        return owner in self._tensors
+
+    def tensors(self, owner: int) -> Mapping[str, torch.Tensor]:
+        """What is open of an owner."""
+        return self._tensors[owner]
+
+    def handles(self, owner: int) -> Mapping[str, TensorHandle]:
+        """By which handles it was opened."""
+        return self._handles[owner]
 
     def close(self) -> None:
         """Let go of everything."""
-        self._storages.clear()
+        for kept in (self._tensors, self._handles, self._storages):
+            kept.clear()
 
 
 @contextmanager

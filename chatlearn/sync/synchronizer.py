@@ -21,6 +21,7 @@ from chatlearn.sync.transport import (
     install_programs,
     is_shareable,
     offer_weights,
+    pull_early,
     pull_weights,
     spoil_weights,
 )
@@ -28,7 +29,7 @@ from chatlearn.sync.transport import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from chatlearn.runtime.contract import Backend, WorkerGroup
+    from chatlearn.runtime.contract import Backend, PendingCall, WorkerGroup
 
 __all__ = ["SyncReport", "SyncSettings", "WeightSynchronizer"]
 
@@ -170,8 +171,10 @@ class WeightSynchronizer:
         )
         self._must_be_full = True
         deadline = self._ranks.deadline()
-        offers = self._offer_own(call, deadline)
         try:
+            early = self._start_early(call)
+            offers = self._offer_own(call, deadline)
+            self._ranks.gather(early, deadline, "take weights")
             self._move(call, offers, deadline)
             if settings.checks == "full":
                 check = replace(call, is_check=True)
@@ -199,6 +202,17 @@ class WeightSynchronizer:
     def _plan_of(self, call: SyncCall) -> SyncPlan:
         ready = self._prepared
         return ready.full if call.is_full or ready.trained is None else ready.trained
+
+    def _start_early(self, call: SyncCall) -> dict[int, PendingCall]:
+        """Let destinations copy while the sources prepare their offers, where that is safe."""
+        ready = self._prepared
+        programs = ready.programs if call.is_full else ready.trained_programs
+        endpoints = ready.full.endpoints
+        # On a GPU a source's last kernels may still run when its call has returned.
+        if any(program.steps for program in programs) or any(e.device_id for e in endpoints):
+            return {}
+        takers = range(self._num_sources, self._ranks.count)
+        return self._ranks.start(pull_early, takers, lambda _: (call,))
 
     def _move(self, call: SyncCall, offers: dict[int, Offer], deadline: float) -> None:
         ready = self._prepared

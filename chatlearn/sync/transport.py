@@ -1,5 +1,7 @@
 """What runs inside the workers during a weight sync; the driver calls these in phases.
 
+0. `pull_early` on every destination, where all weights are pulled and every source is known from
+   the sync before: copies while the sources still prepare their offers.
 1. `offer_weights` on every source: its tensors are checked, shared, and digested.
 2. `exchange_weights` on every rank with steps on the channel.
 3. `offer_weights` again on destinations that others pull from.
@@ -12,7 +14,9 @@ What is kept from one sync to the next are resources of the worker's context.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +41,13 @@ __all__ = [
     "install_programs",
     "is_shareable",
     "offer_weights",
+    "pull_early",
     "pull_weights",
     "spoil_weights",
 ]
+
+# More threads than this no longer copy faster.
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,23 @@ class _Programs:
         """Nothing is held."""
 
 
+class _Early:
+    """What `pull_early` copied, and by which handles; a resource of the context."""
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+        self.handles: dict[int, Mapping[str, TensorHandle]] = {}
+
+    def has(self, call: SyncCall, offer: Offer) -> bool:
+        """Whether the tensors of an offer were copied in this sync already."""
+        return self.version == call.version and self.handles.get(offer.index) == offer.handles
+
+    def close(self) -> None:
+        """Forget it."""
+        self.version = None
+        self.handles = {}
+
+
 class _Shadow:
     """A second copy of the weights, in the mode `double`; a resource of the context."""
 
@@ -135,7 +160,7 @@ def install_programs(
     context: WorkerContext, key: str, full: RankProgram, trained: RankProgram | None
 ) -> None:
     """Keep what this rank does in each sync of this key."""
-    for kind in ("programs", "opened", "shared", "shadow"):
+    for kind in ("programs", "opened", "shared", "shadow", "early"):
         context.drop((f"sync {kind}", key))
     reserved = context.reserved_shm_bytes
     context.keep(("sync programs", key), lambda: _Programs(full, trained, reserved))
@@ -153,6 +178,27 @@ def is_shareable(context: WorkerContext, key: str, names: Sequence[str], is_doub
         return False
     tensors = _targets(context, key, live) if is_double else live
     return _share(context, key, {name: tensors[name] for name in names}) is not None
+
+
+def pull_early(context: WorkerContext, call: SyncCall) -> None:
+    """Copy by the handles of the sync before, for `pull_weights` to confirm.
+
+    The caller knows that the sources stand still. Nothing is copied where a source is new.
+    """
+    early = context.keep(("sync early", call.key), _Early)
+    early.close()
+    program = _programs(context, call.key).of(call)
+    opened = context.keep(("sync opened", call.key), OpenedTensors)
+    if any(not opened.knows(pull.source) for pull in program.pulls):
+        return
+    live = _live_tensors(context)
+    _check_described(program, live, _label(context))
+    targets = _begin(context, call, live)
+    with _all_cores(program):
+        for pull in program.pulls:
+            _copy(pull, opened.tensors(pull.source), targets)
+    early.version = call.version
+    early.handles = {pull.source: opened.handles(pull.source) for pull in program.pulls}
 
 
 def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
@@ -223,9 +269,13 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
         _compare(context, call.key, program, live, by_index)
         return
     targets = _begin(context, call, live)
-    for pull in program.pulls:
-        tensors = _open(context, call.key, by_index[pull.source])
-        _copy(pull, tensors, targets)
+    early = context.keep(("sync early", call.key), _Early)
+    with _all_cores(program):
+        for pull in program.pulls:
+            offer = by_index[pull.source]
+            if not early.has(call, offer):
+                _copy(pull, _open(context, call.key, offer), targets)
+    early.close()
     if context.device.type == "cuda":
         import torch
 
@@ -301,6 +351,20 @@ def _copy(
     for given, taken in zip(pull.source_parts, pull.parts, strict=True):
         region = targets[taken.local_name][taken.slices]
         region.copy_(tensors[given.local_name][given.slices].view(region.shape))
+
+
+@contextmanager
+def _all_cores(program: RankProgram) -> Generator[None]:
+    """Copy with the cores of all ranks of this node: the others stand still."""
+    import torch
+
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) // max(1, program.num_neighbours)
+    torch.set_num_threads(max(before, min(cores, _MOST_THREADS)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_digests(

@@ -1,7 +1,7 @@
 """The plan of a weight sync, proven on random models: exact, minimal, even, without deadlock."""
 
 from collections import Counter
-from itertools import combinations, pairwise, product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -24,9 +24,7 @@ def shard(key, shape, offset, size, *, dtype="float32"):
 
 def endpoint(name, rank, shards, *, replica=0, node="n0", process=None, device="", frozen=()):
     process_id = process if process is not None else hash((name, replica, rank))
-    return Endpoint(
-        name, replica, rank, node, process_id, tuple(shards), device, frozenset(frozen)
-    )
+    return Endpoint(name, replica, rank, node, process_id, tuple(shards), device, frozenset(frozen))
 
 
 def grid(shape, cuts):
@@ -143,9 +141,7 @@ def test_the_network_carries_each_element_once_to_each_node_that_lacks_it(sides,
         (plan.endpoints[number + len(sources)].node_id, *element)
         for element, takers in holders_by_element(destinations).items()
         for number in takers
-        if all(
-            sources[holder].node_id != destinations[number].node_id for holder in held[element]
-        )
+        if all(sources[holder].node_id != destinations[number].node_id for holder in held[element])
     }
     assert crossings == dict.fromkeys(needed, 1)
     assert not sent or max(sent.values()) == 1
@@ -234,9 +230,7 @@ def test_ranks_that_follow_the_order_never_wait_in_a_circle(sides, bucket_bytes)
         ready = [
             queue[0]
             for rank, queue in queues.items()
-            if queue
-            and rank == queue[0].source
-            and queues[queue[0].destination][0] is queue[0]
+            if queue and rank == queue[0].source and queues[queue[0].destination][0] is queue[0]
         ]
         assert ready
         for hop in ready:
@@ -268,7 +262,9 @@ def test_buckets_stay_within_their_size(sides, bucket_bytes):
 def test_the_plan_is_a_function_of_its_arguments(sides):
     first, second = plan_sync(*sides), plan_sync(*sides)
     assert first.hops == second.hops
-    boxes = [[[piece.box for piece in bucket.pieces] for bucket in p.buckets] for p in (first, second)]
+    boxes = [
+        [[piece.box for piece in bucket.pieces] for bucket in p.buckets] for p in (first, second)
+    ]
     assert boxes[0] == boxes[1]
 
 
@@ -368,7 +364,9 @@ def test_a_bucket_holds_one_dtype():
     assert plan.num_bytes == 4 + 16
 
 
-@pytest.mark.parametrize(("given_dtype", "taken"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    ("given_dtype", "taken"), [("float32", "bfloat16"), ("bfloat16", "float32")]
+)
 def test_the_narrower_dtype_is_on_the_wire(given_dtype, taken):
     source = endpoint("trainer", 0, [shard("w", (4,), (0,), (4,), dtype=given_dtype)])
     other = endpoint("policy", 0, [shard("w", (4,), (0,), (4,), dtype=taken)])
@@ -379,7 +377,10 @@ def test_the_narrower_dtype_is_on_the_wire(given_dtype, taken):
 def test_frozen_tensors_are_left_out_where_every_holder_says_so():
     shards = [shard(key, (2,), (0,), (2,)) for key in ("a", "b")]
     names = [piece.local_name for piece in shards]
-    sources = [endpoint("trainer", 0, shards, frozen=names), endpoint("trainer", 1, shards, frozen=names[:1])]
+    sources = [
+        endpoint("trainer", 0, shards, frozen=names),
+        endpoint("trainer", 1, shards, frozen=names[:1]),
+    ]
     plan = plan_sync(sources, [endpoint("policy", 0, shards)], skip_frozen=True)
     assert (plan.num_bytes, plan.skipped_keys) == (8, ("a",))
     assert plan_sync(sources, [endpoint("policy", 0, shards)]).skipped_keys == ()
@@ -451,7 +452,9 @@ def test_a_box_that_one_rank_describes_twice_is_found():
     pieces = [
         TensorShard("a", (4,), Box((0,), (4,)), "float32", name, (0,)) for name in ("one", "two")
     ]
-    with pytest.raises(SyncError, match=r"a: trainer.r0.0 holds one box of it twice, in one and two"):
+    with pytest.raises(
+        SyncError, match=r"a: trainer.r0.0 holds one box of it twice, in one and two"
+    ):
         plan_sync([endpoint("trainer", 0, pieces)], [])
 
 
@@ -467,7 +470,10 @@ def test_ranks_that_disagree_on_a_shape_are_named():
 
 
 def test_replicas_that_disagree_on_a_dtype_are_named():
-    takers = [whole_vector("policy", 4), endpoint("policy", 0, [shard("w", (4,), (0,), (4,), dtype="bfloat16")], replica=1)]
+    takers = [
+        whole_vector("policy", 4),
+        endpoint("policy", 0, [shard("w", (4,), (0,), (4,), dtype="bfloat16")], replica=1),
+    ]
     with pytest.raises(SyncError, match=r"w: its ranks \(policy.r0.0, policy.r1.0\) disagree"):
         plan_sync([whole_vector("trainer", 4)], takers)
 
