@@ -261,7 +261,7 @@ def _region(part: Part, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _dense_region(step: Step, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The one region of a step, if it lies dense and has the dtype of the wire."""
-    if len(step.parts) > 1:
+    if len(step.parts) != 1:
         return None
     region = _region(step.parts[0], tensors)
     is_plain = str(region.dtype) == f"torch.{step.dtype}" and region.is_contiguous()

@@ -50,7 +50,7 @@ def plan_sync(
     with _paused_collector():
         held = CellTable(sources)
         wanted = CellTable(destinations, len(sources), len(set(held.groups)))
-        frozen = _frozen_keys(held, sources) if skip_frozen else frozenset()
+        frozen = _frozen_keys(held, sources) if skip_frozen else frozenset[str]()
         _check_known(held, wanted, sources[0].model_name)
         groups = _group_pieces(held, wanted, frozen)
         parts = [_cut_buckets(pieces, dtype, bucket_bytes) for dtype, pieces in groups]

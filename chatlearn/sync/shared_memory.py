@@ -109,7 +109,7 @@ class SharedTensors:
             found[name] = TensorHandle(
                 handles[place],
                 str(tensor.dtype).removeprefix("torch."),
-                tensor.storage_offset(),
+                int(tensor.storage_offset()),
                 tuple(tensor.shape),
                 tuple(tensor.stride()),
             )

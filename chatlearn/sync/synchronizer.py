@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from chatlearn.errors import SyncError
+from chatlearn.errors import SyncError, WorkerError
 from chatlearn.sync.channel import ChannelAddress, host_channel, open_channel
 from chatlearn.sync.plan import DEFAULT_BUCKET_BYTES, plan_sync
 from chatlearn.sync.programs import RankProgram, build_programs, first_awaited
@@ -111,7 +111,7 @@ class WeightSynchronizer:
         sources: Sequence[WorkerGroup],
         destinations: Sequence[WorkerGroup],
         settings: SyncSettings,
-        namings: tuple[str | None, str | None] = (None, None),
+        namings: tuple[str, str] = ("", ""),
     ) -> None:
         self._settings = settings
         self._namings = namings
@@ -139,6 +139,7 @@ class WeightSynchronizer:
         sources, destinations = endpoints[: self._num_sources], endpoints[self._num_sources :]
         size = self._settings.bucket_bytes
         full = plan_sync(sources, destinations, size)
+        self._check_complete(full)
         trained: SyncPlan | None = None
         if any(endpoint.frozen for endpoint in sources):
             trained = plan_sync(sources, destinations, size, skip_frozen=True)
@@ -246,17 +247,36 @@ class WeightSynchronizer:
     def _describe(self) -> list[Endpoint]:
         """Descriptions in one naming: the destination's, else the source's."""
         source, destination = self._namings
-        asked: dict[bool, str | None] = {True: None, False: None}
-        if source != destination:
-            asked = {True: destination, False: None if destination is not None else source}
+        if source == destination:
+            return self._ask_descriptions(None, None)
+        try:
+            return self._ask_descriptions(destination, None)
+        except WorkerError as error:
+            if error.is_death:
+                raise
+            try:
+                return self._ask_descriptions(None, source)
+            except WorkerError:
+                raise error from None
+
+    def _ask_descriptions(self, source: str | None, destination: str | None) -> list[Endpoint]:
         found = self._ranks.run(
             describe_endpoint,
             range(self._ranks.count),
             self._ranks.deadline(),
             "describe their weights",
-            lambda at: (asked[at < self._num_sources],),
+            lambda at: (source if at < self._num_sources else destination,),
         )
         return [found[at] for at in range(self._ranks.count)]
+
+    def _check_complete(self, plan: SyncPlan) -> None:
+        """Between two namings a tensor that is left out would leave wrong values in silence."""
+        if self._namings[0] != self._namings[1] and plan.unused_keys:
+            raise SyncError(
+                f"weight sync {self._key}: the destination has no place for "
+                f"{', '.join(plan.unused_keys[:6])}: both models need the same architecture (tied "
+                "or untied embeddings, biases)"
+            )
 
     def _choose_transports(self, plan: SyncPlan) -> Callable[[Hop], bool]:
         """Whether a hop goes over the channel: across nodes, or where nothing can be shared."""
