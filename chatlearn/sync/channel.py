@@ -1,7 +1,7 @@
 """Point-to-point messages between ranks of different models: a process group of their own.
 
 Each rank keeps its end in its context. Steps run in the plan's order, two of them at a time: while
-one bucket is on the wire the next is packed, or the last one unpacked. The earliest step that is
+one message is on the wire the next is packed, or the last one unpacked. The earliest step that is
 not finished anywhere has both its ends waiting for it, so no order of arrival can deadlock.
 """
 
@@ -126,16 +126,18 @@ class Channel:
             SyncError: a message failed; names both ranks and the tensor.
         """
         flights: deque[_Flight] = deque()
-        own = {step.bucket for step in steps if not step.is_send}
+        own = {step.message for step in steps if not step.is_send}
         for number, step in enumerate(steps):
-            if step.is_send and any(f.step.bucket == step.bucket for f in flights if f.is_awaited):
+            if step.is_send and any(
+                f.step.message == step.message for f in flights if f.is_awaited
+            ):
                 # What is passed on must have come.
                 self._finish_all(flights, taken, differing)
             while len(flights) >= _MOST_IN_FLIGHT:
                 self._finish(flights.popleft(), taken, differing)
             try:
                 if step.is_send:
-                    tensors = taken if step.bucket in own else given
+                    tensors = taken if step.message in own else given
                     flights.append(self._send(step, tensors))
                 else:
                     flights.append(self._receive(step, taken, may_place=differing is None))
@@ -200,7 +202,7 @@ class Channel:
         try:
             flight.work.wait()
         except RuntimeError as error:
-            raise self._failure(flight.step, error, f"bucket {flight.step.bucket}") from error
+            raise self._failure(flight.step, error, f"bucket {flight.step.message[0]}") from error
         if flight.step.is_send or flight.is_in_place:
             return
         start = 0

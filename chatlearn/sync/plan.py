@@ -131,6 +131,8 @@ def _group_pieces(
             continue
         for piece in _intersect(held.by_key[key], cells):
             source, destination = piece.source, piece.destination
+            if 0 in piece.box.shape:
+                continue
             # Cells with the same holders share one tuple, so its identity stands for it.
             kind = (
                 id(source.holders),

@@ -9,7 +9,7 @@ from itertools import product
 from typing import NamedTuple
 
 from chatlearn.parallel.sharding import Box
-from chatlearn.sync.records import LINKS, Bucket, Hop, SyncPlan
+from chatlearn.sync.records import ITEM_BYTES, LINKS, Bucket, Hop, SyncPlan
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -27,6 +27,8 @@ __all__ = [
 # One sync checks the blocks of one turn; after so many syncs every block has been checked.
 NUM_TURNS = 64
 BLOCK_ELEMENTS = 1 << 18
+# Pieces from this size on are messages of their own.
+_ALONE_BYTES = 1 << 18
 _PROCESS = LINKS.index("process")
 
 
@@ -41,11 +43,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """One bucket sent to, or received from, a peer over the channel."""
+    """One message of a bucket, sent to or received from a peer over the channel.
+
+    `message` is the bucket and the number of the message within it, the same on both sides.
+    """
 
     is_send: bool
     peer: int
-    bucket: int
+    message: tuple[int, int]
     dtype: str
     parts: tuple[Part, ...]
 
@@ -178,8 +183,11 @@ def _add_hop(
     taken = _parts(plan, bucket, hop.destination)
     source, destination = programs[hop.source], programs[hop.destination]
     if is_channel:
-        source.steps.append(Step(True, hop.destination, hop.bucket, bucket.dtype, given))
-        destination.steps.append(Step(False, hop.source, hop.bucket, bucket.dtype, taken))
+        for number, span in enumerate(_messages(bucket)):
+            message = (hop.bucket, number)
+            there, here = hop.destination, hop.source
+            source.steps.append(Step(True, there, message, bucket.dtype, given[span]))
+            destination.steps.append(Step(False, here, message, bucket.dtype, taken[span]))
     else:
         names = {part.local_name for part in given}
         (source.lent if hop.link == _PROCESS else source.exported).update(names)
@@ -192,6 +200,19 @@ def _add_hop(
             stops = tuple(each.stop for each in part.slices)
             least = stops if known is None else tuple(map(max, known.least_shape, stops))
             program.described[part.local_name] = Described(part.key, cell.dtype, least)
+
+
+def _messages(bucket: Bucket) -> Iterator[slice]:
+    """How a bucket's pieces go on the wire: large ones alone, so that they need no packing."""
+    start = 0
+    for at, piece in enumerate(bucket.pieces):
+        if piece.box.num_elements * ITEM_BYTES[bucket.dtype] >= _ALONE_BYTES:
+            if start < at:
+                yield slice(start, at)
+            yield slice(at, at + 1)
+            start = at + 1
+    if start < len(bucket.pieces):
+        yield slice(start, len(bucket.pieces))
 
 
 def _parts(plan: SyncPlan, bucket: Bucket, rank: int) -> tuple[Part, ...]:

@@ -84,3 +84,16 @@ def test_blocks_lie_within_their_piece():
 def test_the_tensor_that_others_await_is_known():
     programs = programs_of([vector("a", 4, "n")], [vector("b", 4, "n")])
     assert first_awaited(programs) == {0: "w"}
+
+
+def test_large_pieces_are_messages_of_their_own():
+    shards = tuple(
+        TensorShard(f"w{number}", (size,), Box((0,), (size,)), "float32", f"w{number}", (0,))
+        for number, size in enumerate((10, 20, 1 << 17, 30))
+    )
+    ranks = [Endpoint(name, 0, 0, name, number, shards) for number, name in enumerate("ab")]
+    source, taker = programs_of(ranks[:1], ranks[1:])
+    for program in (source, taker):
+        names = [[part.local_name for part in step.parts] for step in program.steps]
+        assert names == [["w0", "w1"], ["w2"], ["w3"]]
+        assert [step.message for step in program.steps] == [(0, 0), (0, 1), (0, 2)]
