@@ -16,17 +16,32 @@ from typing import TYPE_CHECKING, Any
 from chatlearn.errors import SyncError
 from chatlearn.sync.digest import has_equal_bits
 from chatlearn.sync.programs import Part, Step
+from chatlearn.sync.rank_calls import Failure
 
 if TYPE_CHECKING:
     import torch
 
     from chatlearn.parallel.context import WorkerContext
 
-__all__ = ["Channel", "ChannelAddress", "host_channel", "open_channel"]
+__all__ = ["Channel", "ChannelAddress", "MessageError", "host_channel", "open_channel"]
 
 # Messages of one pair of ranks arrive in the order they are sent, so one tag serves.
 _TAG = 1
 _MOST_IN_FLIGHT = 2
+# What gloo and NCCL say where the other end is gone, not late.
+_LOST = ("connection", "broken pipe", "remote process", "socket")
+
+
+class MessageError(SyncError):
+    """A message that did not come through.
+
+    Attributes:
+        is_lost: the other end is gone, which often only follows another rank's failure.
+    """
+
+    def __init__(self, text: str, *, is_lost: bool) -> None:
+        super().__init__(text)
+        self.is_lost = is_lost
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,7 @@ class Channel:
             differing: where given, nothing is written: what differs from what came is listed.
 
         Raises:
-            SyncError: a message failed; names both ranks and the tensor.
+            MessageError: a message failed; names both ranks and the tensor.
         """
         flights: deque[_Flight] = deque()
         own = {step.message for step in steps if not step.is_send}
@@ -213,13 +228,15 @@ class Channel:
             if differing is None:
                 region.copy_(came)
             elif not has_equal_bits(region, came.to(region.dtype).to(region.device)):
-                differing.append(f"{part.key} (local {part.local_name}, slice {part.slices})")
+                differing.append(part.label)
 
-    def _failure(self, step: Step, error: RuntimeError, where: str) -> SyncError:
+    def _failure(self, step: Step, error: RuntimeError, where: str) -> MessageError:
         verb, side = ("send", "to") if step.is_send else ("receive", "from")
-        return SyncError(
+        is_lost = any(word in str(error).lower() for word in _LOST)
+        return MessageError(
             f"{self._label} could not {verb} {step.parts[0].key} ({where}) {side} "
-            f"{self._labels[step.peer]} within {self._timeout_s:g} s: {error}"
+            f"{self._labels[step.peer]} within {self._timeout_s:g} s: {error}",
+            is_lost=is_lost,
         )
 
 
@@ -230,12 +247,8 @@ def host_channel(context: WorkerContext, key: str) -> tuple[str, int]:
     return context.host, kept.store.port
 
 
-def open_channel(context: WorkerContext, address: ChannelAddress, index: int) -> None:
-    """Join a channel as endpoint `index`; returns when every rank has come.
-
-    Raises:
-        SyncError: a rank did not come within the timeout.
-    """
+def open_channel(context: WorkerContext, address: ChannelAddress, index: int) -> Failure | None:
+    """Join a channel as endpoint `index`; returns when every rank has come, or one has not."""
     import torch.distributed as dist
 
     timeout = timedelta(seconds=address.timeout_s)
@@ -251,10 +264,11 @@ def open_channel(context: WorkerContext, address: ChannelAddress, index: int) ->
         context.keep(("sync channel", address.key), lambda: Channel(address, index, store))
     except RuntimeError as error:
         labels = dict(zip(address.members, address.labels, strict=True))
-        raise SyncError(
+        return Failure(
             f"{labels[index]} could not open its sync channel to {', '.join(labels.values())} "
             f"within {address.timeout_s:g} s: {error}"
-        ) from error
+        )
+    return None
 
 
 def _region(part: Part, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

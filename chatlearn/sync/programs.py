@@ -22,6 +22,7 @@ __all__ = [
     "Step",
     "build_programs",
     "first_awaited",
+    "first_taken",
 ]
 
 # One sync checks the blocks of one turn; after so many syncs every block has been checked.
@@ -39,6 +40,12 @@ class Part:
     key: str
     local_name: str
     slices: tuple[slice, ...]
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        shown = ", ".join(f"{each.start}:{each.stop}" for each in self.slices)
+        return f"{self.key} (local {self.local_name}, slice [{shown}])"
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,17 @@ def first_awaited(programs: tuple[RankProgram, ...]) -> Mapping[int, str]:
             if step.is_send:
                 awaited.setdefault(program.index, step.parts[0].key)
     return awaited
+
+
+def first_taken(programs: tuple[RankProgram, ...]) -> Mapping[int, str]:
+    """For each endpoint that gets weights, the first tensor that it takes."""
+    taken: dict[int, str] = {}
+    for program in programs:
+        parts = [step.parts[0] for step in program.steps if not step.is_send]
+        parts.extend(pull.parts[0] for pull in program.pulls[:1])
+        if parts:
+            taken[program.index] = parts[0].key
+    return taken
 
 
 def _add_hop(

@@ -1,15 +1,18 @@
 """Tensors of one process that others on the same device or host read in place.
 
 On the CPU the storages of live tensors are moved to shared memory, once, where they stay: the
-tensors keep their identity, and a reader copies straight out of them. On CUDA they are opened by
-IPC handle. An owner keeps what it shares until its process ends; a reader keeps what it has opened
-until it is offered something else.
+tensors keep their identity, and a reader copies straight out of them. That memory has no name: it
+is reached through the owner's file descriptors, so that nothing of it outlives the processes that
+use it, however they end. On CUDA tensors are opened by IPC handle. An owner keeps what it shares
+as long as the tensors live; a reader keeps what it has opened until it is offered something else.
 """
 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -27,13 +30,15 @@ __all__ = ["OpenedTensors", "SharedTensors", "TensorHandle"]
 
 _FOLDER = Path("/dev/shm")
 _POLL_S = 0.01
+# File descriptors that are left to everything else in a process.
+_SPARE_FILES = 256
 
 
 class TensorHandle(NamedTuple):
     """How another process finds a tensor.
 
     Attributes:
-        storage: what torch needs to open the storage; its first entry is the kind of device.
+        storage: what is needed to open the storage; its first entry is the kind of device.
         dtype: torch's name without the prefix.
         offset: of the first element, in elements.
         shape: of the tensor.
@@ -62,7 +67,7 @@ class SharedTensors:
         """Make tensors readable for other processes, and say how to find them.
 
         Shared memory that does not suffice is noticed before anything is written: a page that
-        cannot be had would end the process with a SIGBUS.
+        cannot be had would end the process with a SIGBUS. Each storage takes a file descriptor.
 
         Args:
             tensors: by name; those on the CPU move to shared memory, together with all tensors
@@ -71,41 +76,48 @@ class SharedTensors:
             timeout_s: limit of the wait for other processes that share at the same moment.
 
         Returns:
-            The handles by name; None where shared memory is too small.
+            The handles by name; None where shared memory is too small, too few files may be
+            open, or a storage is mapped from a file already.
 
         Raises:
             SyncError: the lock was not to be had in time.
         """
         storages: list[Any] = [tensor.untyped_storage() for tensor in tensors.values()]
         missing = {
-            storage.data_ptr(): storage.nbytes()
+            storage.data_ptr(): storage
             for storage in storages
             if storage.device.type == "cpu" and not storage.is_shared()
         }
         if not missing:
             return self._describe(tensors)
-        if not _FOLDER.is_dir():
+        if not _FOLDER.is_dir() or not _may_open(len(missing)):
             return None
+        num_bytes = sum(storage.nbytes() for storage in missing.values())
         with _alone(timeout_s):
-            if shutil.disk_usage(_FOLDER).free < sum(missing.values()) + reserved_bytes:
+            if shutil.disk_usage(_FOLDER).free < num_bytes + reserved_bytes:
                 return None
-            return self._describe(tensors)
+            for storage in missing.values():
+                storage._share_fd_cpu_()
+        return self._describe(tensors)
 
     def close(self) -> None:
         """Forget the handles; what is shared stays so as long as its tensors live."""
         self._handles.clear()
 
-    def _describe(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHandle]:
+    def _describe(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHandle] | None:
         handles: dict[tuple[int, int], tuple[Any, ...]] = {}
         found: dict[str, TensorHandle] = {}
         for name, tensor in tensors.items():
             storage: Any = tensor.untyped_storage()
-            # Where a storage moves to shared memory its address changes here, once.
-            if storage.device.type == "cpu" and not storage.is_shared():
-                storage._share_filename_cpu_()
             place = (storage.data_ptr(), storage.nbytes())
             if place not in handles:
-                handles[place] = self._handles.get(place) or _handle(storage)
+                is_cpu = storage.device.type == "cpu"
+                # On the CPU a new storage may lie where an old one was: its handle is another.
+                known = None if is_cpu else self._handles.get(place)
+                handle = known or (_cpu_handle(storage) if is_cpu else _cuda_handle(storage))
+                if handle is None:
+                    return None
+                handles[place] = handle
             found[name] = TensorHandle(
                 handles[place],
                 str(tensor.dtype).removeprefix("torch."),
@@ -144,13 +156,9 @@ class OpenedTensors:
         self._tensors[owner] = tensors
         return tensors
 
-    def knows(self, owner: int) -> bool:
-        """Whether tensors of this owner are open."""
-        return owner in self._tensors
-
     def tensors(self, owner: int) -> Mapping[str, torch.Tensor]:
         """What is open of an owner."""
-        return self._tensors[owner]
+        return self._tensors.get(owner, {})
 
     def handles(self, owner: int) -> Mapping[str, TensorHandle]:
         """By which handles it was opened."""
@@ -182,9 +190,27 @@ def _alone(timeout_s: float) -> Generator[None]:
         yield
 
 
-def _handle(storage: Any) -> tuple[Any, ...]:
-    if storage.device.type == "cpu":
-        return ("cpu", *storage._share_filename_cpu_())
+def _may_open(count: int) -> bool:
+    """Whether so many more files may be open; raises this process's own limit if it must."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + count + _SPARE_FILES
+    if limit == resource.RLIM_INFINITY or needed <= limit:
+        return True
+    if most != resource.RLIM_INFINITY and needed > most:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+    return True
+
+
+def _cpu_handle(storage: Any) -> tuple[Any, ...] | None:
+    """Process, file descriptor, inode and size; None where there is no descriptor."""
+    number, num_bytes = storage._share_fd_cpu_()
+    if number < 0:
+        return None
+    return ("cpu", os.getpid(), number, os.fstat(number).st_ino, num_bytes)
+
+
+def _cuda_handle(storage: Any) -> tuple[Any, ...]:
     return ("cuda", *storage._share_cuda_())
 
 
@@ -194,9 +220,26 @@ def _open(storage: tuple[Any, ...], device: torch.device) -> Any:
     untyped: Any = torch.UntypedStorage
     kind, *arguments = storage
     if kind == "cpu":
-        return untyped._new_shared_filename_cpu(*arguments)
+        return torch.frombuffer(_map(*arguments), dtype=torch.uint8).untyped_storage()
     # The owner's index of the device; here the same device may have another one.
     return untyped._new_shared_cuda(device.index, *arguments[1:])
+
+
+def _map(process_id: int, number: int, inode: int, num_bytes: int) -> mmap.mmap:
+    path = f"/proc/{process_id}/fd/{number}"
+    try:
+        file = os.open(path, os.O_RDWR)
+        try:
+            if os.fstat(file).st_ino != inode:
+                raise OSError("it is another file by now")
+            return mmap.mmap(file, num_bytes)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise SyncError(
+            f"shared tensors of process {process_id} cannot be opened at {path}: {error}; where "
+            "processes do not see each other, set runtime.weight_sync_transport: collective"
+        ) from error
 
 
 def _view(storage: Any, handle: TensorHandle, device: torch.device) -> torch.Tensor:

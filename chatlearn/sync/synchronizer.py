@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from chatlearn.errors import SyncError, WorkerError
 from chatlearn.sync.channel import ChannelAddress, host_channel, open_channel
 from chatlearn.sync.plan import DEFAULT_BUCKET_BYTES, plan_sync
-from chatlearn.sync.programs import RankProgram, build_programs, first_awaited
+from chatlearn.sync.programs import RankProgram, build_programs, first_awaited, first_taken
 from chatlearn.sync.rank_calls import RankCalls
 from chatlearn.sync.records import LINKS, Endpoint, Hop, SyncPlan
+from chatlearn.sync.state import Offer, SyncCall
 from chatlearn.sync.transport import (
-    Offer,
-    SyncCall,
     commit_weights,
     describe_endpoint,
     exchange_weights,
@@ -123,6 +122,7 @@ class WeightSynchronizer:
         self._ready: _Ready | None = None
         self._must_be_full = True
         self._is_channel_open = False
+        self._turn = 0
 
     @property
     def plan(self) -> SyncPlan:
@@ -148,7 +148,7 @@ class WeightSynchronizer:
         others = build_programs(trained, is_sent) if trained is not None else None
         self._install(programs, others)
         self._ready = _Ready(full, trained, programs, others or programs)
-        self._ranks.awaited = first_awaited(programs)
+        self._ranks.awaited, self._ranks.taken = first_awaited(programs), first_taken(programs)
         self._open_channel()
 
     def sync(self, version: int) -> SyncReport:
@@ -160,17 +160,24 @@ class WeightSynchronizer:
             version: number of the weights, given to the destinations' modules.
 
         Raises:
-            WorkerError: a rank failed; its message names peer and tensor.
+            WorkerError: a rank failed; its message names the tensor.
             WaitTimeoutError: a rank did not answer in time; names it and the tensor awaited.
+            SyncError: a message between two ranks failed; names both and the tensor.
         """
         start_s = time.time()
         settings = self._settings
         if not self._is_channel_open:
             self._open_channel()
         call = SyncCall(
-            self._key, version, self._must_be_full, settings.mode == "double", settings.checks
+            self._key,
+            version,
+            self._must_be_full,
+            settings.mode == "double",
+            settings.checks,
+            self._turn,
         )
         self._must_be_full = True
+        is_served = not call.is_double
         deadline = self._ranks.deadline()
         try:
             early = self._start_early(call)
@@ -180,14 +187,18 @@ class WeightSynchronizer:
             if settings.checks == "full":
                 check = replace(call, is_check=True)
                 self._move(check, self._offer_own(check, deadline), deadline)
+            if call.is_double:
+                is_served = True
+                self._commit(call, deadline)
         except BaseException:
             self._is_channel_open = False
-            if not call.is_double:
+            if is_served:
                 reason = f"the weights are half new: sync {self._key} to version {version} failed"
                 takers = range(self._num_sources, self._ranks.count)
                 self._ranks.tell(spoil_weights, takers, reason)
             raise
         self._must_be_full = False
+        self._turn += 1
         return SyncReport(start_s, time.time(), self._plan_of(call).num_bytes)
 
     def close(self) -> None:
@@ -234,8 +245,10 @@ class WeightSynchronizer:
         self._ranks.run(
             pull_weights, takers, deadline, "take weights", lambda at: (call, wanted[at])
         )
-        if call.is_double and not call.is_check:
-            self._ranks.run(commit_weights, takers, deadline, "switch to them", lambda _: (call,))
+
+    def _commit(self, call: SyncCall, deadline: float) -> None:
+        takers = range(self._num_sources, self._ranks.count)
+        self._ranks.run(commit_weights, takers, deadline, "switch to them", lambda _: (call,))
 
     def _offer_own(self, call: SyncCall, deadline: float) -> dict[int, Offer]:
         return self._offer(call, range(self._num_sources), deadline)

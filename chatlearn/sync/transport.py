@@ -17,15 +17,16 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import SyncError
-from chatlearn.sync.channel import Channel
+from chatlearn.sync.channel import Channel, MessageError
 from chatlearn.sync.digest import compute_digest, has_equal_bits
-from chatlearn.sync.programs import NUM_TURNS, Block, Part, Pull, RankProgram
+from chatlearn.sync.programs import NUM_TURNS, Block, Pull, RankProgram
+from chatlearn.sync.rank_calls import Failure
 from chatlearn.sync.records import Endpoint
 from chatlearn.sync.shared_memory import OpenedTensors, SharedTensors, TensorHandle
+from chatlearn.sync.state import Early, Offer, Programs, Shadow, SyncCall
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from chatlearn.parallel.context import WorkerContext
 
 __all__ = [
-    "Offer",
-    "SyncCall",
     "commit_weights",
     "describe_endpoint",
     "exchange_weights",
@@ -48,95 +47,6 @@ __all__ = [
 
 # More threads than this no longer copy faster.
 _MOST_THREADS = 8
-
-
-@dataclass(frozen=True)
-class SyncCall:
-    """One sync, as every rank is told.
-
-    Attributes:
-        key: of the sync; names what is kept in each context.
-        version: number of the weights.
-        is_full: all tensors; else those that training changes.
-        is_double: receive beside the weights that are served.
-        checks: `false`: digests of the blocks whose turn it is; `digest`: of all blocks; `full`:
-            those and a second pass that compares every element.
-        is_check: this is that second pass.
-    """
-
-    key: str
-    version: int
-    is_full: bool = True
-    is_double: bool = False
-    checks: str = "false"
-    is_check: bool = False
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What one rank has to give in this sync.
-
-    Attributes:
-        index: its endpoint.
-        label: how messages name it.
-        version: of the weights.
-        handles: tensors that other processes may open.
-        lent: tensors for models of the same process.
-        digests: by number of the block.
-    """
-
-    index: int
-    label: str
-    version: int
-    handles: Mapping[str, TensorHandle]
-    lent: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
-    digests: Mapping[int, int] = field(default_factory=dict[int, int])
-
-
-class _Programs:
-    """This rank's programs; a resource of its context."""
-
-    def __init__(self, full: RankProgram, trained: RankProgram | None, reserved_bytes: int) -> None:
-        self.full = full
-        self.trained = trained
-        self.reserved_bytes = reserved_bytes
-
-    def of(self, call: SyncCall) -> RankProgram:
-        """What this rank does in a sync."""
-        return self.full if call.is_full or self.trained is None else self.trained
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class _Early:
-    """What `pull_early` copied, and by which handles; a resource of the context."""
-
-    def __init__(self) -> None:
-        self.version: int | None = None
-        self.handles: dict[int, Mapping[str, TensorHandle]] = {}
-
-    def has(self, call: SyncCall, offer: Offer) -> bool:
-        """Whether the tensors of an offer were copied in this sync already."""
-        return self.version == call.version and self.handles.get(offer.index) == offer.handles
-
-    def close(self) -> None:
-        """Forget it."""
-        self.version = None
-        self.handles = {}
-
-
-class _Shadow:
-    """A second copy of the weights, in the mode `double`; a resource of the context."""
-
-    def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
-        import torch
-
-        self.tensors = {name: torch.empty_like(tensor) for name, tensor in live.items()}
-
-    def close(self) -> None:
-        """Forget it."""
-        self.tensors.clear()
 
 
 def describe_endpoint(context: WorkerContext, naming: str | None = None) -> Endpoint:
@@ -160,10 +70,12 @@ def install_programs(
     context: WorkerContext, key: str, full: RankProgram, trained: RankProgram | None
 ) -> None:
     """Keep what this rank does in each sync of this key."""
-    for kind in ("programs", "opened", "shared", "shadow", "early"):
+    for kind in ("programs", "opened", "shared", "shadow", "early", "channel", "store"):
         context.drop((f"sync {kind}", key))
+    live = _live_tensors(context) if full.described else {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
     reserved = context.reserved_shm_bytes
-    context.keep(("sync programs", key), lambda: _Programs(full, trained, reserved))
+    context.keep(("sync programs", key), lambda: Programs(full, trained, reserved, shapes))
 
 
 def is_shareable(context: WorkerContext, key: str, names: Sequence[str], is_double: bool) -> bool:
@@ -185,19 +97,23 @@ def pull_early(context: WorkerContext, call: SyncCall) -> None:
 
     The caller knows that the sources stand still. Nothing is copied where a source is new.
     """
-    early = context.keep(("sync early", call.key), _Early)
+    early = context.keep(("sync early", call.key), Early)
     early.close()
     program = _programs(context, call.key).of(call)
     opened = context.keep(("sync opened", call.key), OpenedTensors)
-    if any(not opened.knows(pull.source) for pull in program.pulls):
+    # After a sync of the changed tensors alone, the others of a full one are not open.
+    if any(
+        part.local_name not in opened.tensors(pull.source)
+        for pull in program.pulls
+        for part in pull.source_parts
+    ):
         return
-    live = _live_tensors(context)
-    _check_described(program, live, _label(context))
+    live = _checked_tensors(context, call)
     targets = _begin(context, call, live)
     with _all_cores(program):
         for pull in program.pulls:
             _copy(pull, opened.tensors(pull.source), targets)
-    early.version = call.version
+    early.call = call
     early.handles = {pull.source: opened.handles(pull.source) for pull in program.pulls}
 
 
@@ -208,8 +124,7 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
         SyncError: a tensor is no longer as it was described.
     """
     program = _programs(context, call.key).of(call)
-    live = _live_tensors(context)
-    _check_described(program, live, _label(context))
+    live = _checked_tensors(context, call)
     is_served = program.is_destination and call.is_double
     tensors = _targets(context, call.key, live) if is_served else live
     handles = _share(context, call.key, {name: tensors[name] for name in program.exported})
@@ -226,24 +141,29 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
     return Offer(program.index, _label(context), call.version, handles, lent, digests)
 
 
-def exchange_weights(context: WorkerContext, call: SyncCall) -> None:
-    """Send and receive what goes over the channel.
+def exchange_weights(context: WorkerContext, call: SyncCall) -> Failure | None:
+    """Send and receive what goes over the channel; a message that failed is given back.
 
     Raises:
-        SyncError: a message failed, or (in a check) something differs.
+        SyncError: in a check, something differs.
     """
     program = _programs(context, call.key).of(call)
-    if not program.steps:
-        return
     channel: Channel = context.keep(("sync channel", call.key), _missing_channel)
-    live = _live_tensors(context)
-    _check_described(program, live, _label(context))
-    taken: Mapping[str, Any] = live
-    if program.is_destination and not call.is_check:
-        taken = _begin(context, call, live)
     differing: list[str] | None = [] if call.is_check else None
-    channel.run(program.steps, live, taken, differing)
+    try:
+        live = _checked_tensors(context, call)
+        taken: Mapping[str, Any] = live
+        if program.is_destination:
+            taken = _begin(context, call, live)
+        channel.run(program.steps, live, taken, differing)
+    except BaseException as error:
+        # Without this end the others notice at once, and need not wait for their timeouts.
+        context.drop(("sync channel", call.key))
+        if isinstance(error, MessageError):
+            return Failure(str(error), error.is_lost)
+        raise
     _raise_differing(context, differing or ())
+    return None
 
 
 def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]) -> None:
@@ -256,8 +176,7 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
     """
     programs = _programs(context, call.key)
     program = programs.of(call)
-    live = _live_tensors(context)
-    _check_described(program, live, _label(context))
+    live = _checked_tensors(context, call)
     by_index = {offer.index: offer for offer in offers}
     for offer in offers:
         if offer.version != call.version:
@@ -265,11 +184,11 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
                 f"{_label(context)} awaits version {call.version} of the weights, but "
                 f"{offer.label} offers version {offer.version}"
             )
-    if call.is_check:
-        _compare(context, call.key, program, live, by_index)
-        return
     targets = _begin(context, call, live)
-    early = context.keep(("sync early", call.key), _Early)
+    if call.is_check:
+        _compare(context, call.key, program, targets, by_index)
+        return
+    early = context.keep(("sync early", call.key), Early)
     with _all_cores(program):
         for pull in program.pulls:
             offer = by_index[pull.source]
@@ -287,12 +206,24 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
 
 
 def commit_weights(context: WorkerContext, call: SyncCall) -> None:
-    """Put the second copy into force; a local copy that needs nobody else."""
-    program = _programs(context, call.key).of(call)
-    live = _live_tensors(context)
+    """Put the second copy into force; a local copy that needs nobody else.
+
+    Raises:
+        SyncError: what is in force differs from the second copy.
+    """
+    programs = _programs(context, call.key)
+    live = _checked_tensors(context, call)
     shadow = _targets(context, call.key, live)
-    for name in program.described:
+    _begin_serving(context, call)
+    for name in programs.of(call).described:
         live[name].copy_(shadow[name])
+    for block in _chosen(programs.full, call):
+        name, slices = block.part.local_name, block.part.slices
+        if not has_equal_bits(live[name][slices], shadow[name][slices]):
+            raise SyncError(
+                f"{block.part.label} differs on {_label(context)} from its second copy after the "
+                f"sync to version {call.version}"
+            )
     _finish(context, call.version)
 
 
@@ -307,11 +238,17 @@ def _begin(
     """Where new weights go; in place, nothing may be served from now on."""
     if call.is_double:
         return _targets(context, call.key, live)
+    if not call.is_check:
+        _begin_serving(context, call)
+    return live
+
+
+def _begin_serving(context: WorkerContext, call: SyncCall) -> None:
+    """From now on what is served is half new, until `_finish`."""
     context.unusable_reason = (
         f"the weights of {_label(context)} are half new: sync {call.key} to version "
         f"{call.version} did not finish"
     )
-    return live
 
 
 def _finish(context: WorkerContext, version: int) -> None:
@@ -323,17 +260,17 @@ def _compare(
     context: WorkerContext,
     key: str,
     program: RankProgram,
-    live: Mapping[str, torch.Tensor],
+    targets: Mapping[str, torch.Tensor],
     offers: Mapping[int, Offer],
 ) -> None:
     differing: list[str] = []
     for pull in program.pulls:
         tensors = _open(context, key, offers[pull.source])
         for given, taken in zip(pull.source_parts, pull.parts, strict=True):
-            region = live[taken.local_name][taken.slices]
+            region = targets[taken.local_name][taken.slices]
             source = tensors[given.local_name][given.slices].view(region.shape)
             if not has_equal_bits(region, source.to(region.dtype)):
-                differing.append(_describe(taken))
+                differing.append(taken.label)
     _raise_differing(context, differing)
 
 
@@ -378,7 +315,7 @@ def _check_digests(
         offer = offers[block.origin]
         if offer.digests.get(block.number) != _digest(block, tensors):
             raise SyncError(
-                f"{_describe(block.part)} differs on {_label(context)} from that of {offer.label} "
+                f"{block.part.label} differs on {_label(context)} from that of {offer.label} "
                 f"after the sync to version {call.version}"
             )
 
@@ -386,7 +323,7 @@ def _check_digests(
 def _chosen(program: RankProgram, call: SyncCall) -> Iterable[Block]:
     if call.checks != "false":
         return program.blocks
-    return program.blocks_of_turn(call.version % NUM_TURNS)
+    return program.blocks_of_turn(call.turn % NUM_TURNS)
 
 
 def _digest(block: Block, tensors: Mapping[str, torch.Tensor]) -> int:
@@ -396,8 +333,10 @@ def _digest(block: Block, tensors: Mapping[str, torch.Tensor]) -> int:
     return compute_digest(region.to(getattr(torch, block.dtype)))
 
 
-def _check_described(program: RankProgram, tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    for name, described in program.described.items():
+def _checked_tensors(context: WorkerContext, call: SyncCall) -> Mapping[str, torch.Tensor]:
+    """The live tensors; an error where one is not as described, or as when that was."""
+    programs, tensors, label = _programs(context, call.key), _live_tensors(context), _label(context)
+    for name, described in programs.of(call).described.items():
         tensor = tensors.get(name)
         if tensor is None:
             raise SyncError(f"{label} no longer has {name} ({described.key})")
@@ -409,6 +348,12 @@ def _check_described(program: RankProgram, tensors: Mapping[str, torch.Tensor], 
                 f"{label} described {name} ({described.key}) as {described.dtype} of at least "
                 f"{described.least_shape}, but has {tensor.dtype} of {tuple(tensor.shape)}"
             )
+        if tuple(tensor.shape) != programs.shapes.get(name):
+            raise SyncError(
+                f"{label} had {name} ({described.key}) with the shape {programs.shapes.get(name)} "
+                f"when the sync was prepared, but has {tuple(tensor.shape)} now"
+            )
+    return tensors
 
 
 def _live_tensors(context: WorkerContext) -> Mapping[str, torch.Tensor]:
@@ -418,10 +363,10 @@ def _live_tensors(context: WorkerContext) -> Mapping[str, torch.Tensor]:
 def _targets(
     context: WorkerContext, key: str, live: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    return context.keep(("sync shadow", key), lambda: _Shadow(live)).tensors
+    return context.keep(("sync shadow", key), lambda: Shadow(live)).tensors
 
 
-def _programs(context: WorkerContext, key: str) -> _Programs:
+def _programs(context: WorkerContext, key: str) -> Programs:
     return context.keep(("sync programs", key), _missing_programs)
 
 
@@ -446,7 +391,7 @@ def _missing_channel() -> Channel:
     raise SyncError("the sync channel is not open: prepare the synchronizer first")
 
 
-def _missing_programs() -> _Programs:
+def _missing_programs() -> Programs:
     raise SyncError("this rank has no part in the sync: prepare the synchronizer first")
 
 
@@ -454,14 +399,6 @@ def _device_id(device: torch.device) -> str:
     import torch
 
     return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def _describe(part: Part) -> str:
-    return f"{part.key} (local {part.local_name}, slice {_show(part.slices)})"
-
-
-def _show(slices: Sequence[slice]) -> str:
-    return "[" + ", ".join(f"{each.start}:{each.stop}" for each in slices) + "]"
 
 
 def _label(context: WorkerContext) -> str:

@@ -23,6 +23,7 @@ if not __package__:
     # Started as a file: what is beside it must not hide installed packages.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,8 @@ from scripts.bench.sync_rig import CASES, start_rigs
 __all__ = ["main", "parse_arguments"]
 
 _HEADS = 12
-_PLAIN_WIDTH = 150
+_PLAIN_WIDTH = 160
+_BUSY_PERCENT = 15.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,10 +105,18 @@ def _run_case(case: Any, shape: dict[str, Any], num_repeats: int) -> list[CaseRe
         start_rigs(case, shape, Path(folder)) as rigs,
     ):
         _say(f"{case.name}: workers are up after {time.time() - start_s:.0f} s")
+        _warn_of_company()
         for rig in rigs:
             results += measure_rig(case.name, rig, num_repeats)
         _say(f"{case.name}: measured after {time.time() - start_s:.0f} s")
     return results
+
+
+def _warn_of_company() -> None:
+    """Say so where the machine is not idle while nothing here runs."""
+    busy_percent = psutil.cpu_percent(interval=1.0)
+    if busy_percent > _BUSY_PERCENT:
+        _say(f"warning: something else takes {busy_percent:.0f} % of this machine: run it alone")
 
 
 def _print_table(results: Sequence[CaseResult]) -> None:
@@ -121,11 +131,11 @@ def _print_table(results: Sequence[CaseResult]) -> None:
         "ms",
         "limit ms",
         "of limit",
-        "gather+bcast ms",
+        "gather ms",
         "speedup",
         "Megatron ms",
         "its MB",
-        "2 pairs ms",
+        "2 pairs",
         "digests",
     ):
         table.add_column(name, justify="right")

@@ -16,9 +16,9 @@ from chatlearn.runtime.ray_backend import RayBackend
 from chatlearn.sync.rank_calls import RankCalls
 from chatlearn.sync.synchronizer import SyncSettings, WeightSynchronizer
 from chatlearn.sync.transport import describe_endpoint
-from megatron_adapters import PolicyReference
 from scripts.bench.sync_baselines import WorldAddress, host_joint_store, join_joint_world
 from scripts.bench.sync_megatron import list_group_ranks, prepare_megatron
+from scripts.bench.sync_model import QuickReference
 
 if TYPE_CHECKING:
     from chatlearn.config import Config
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CASES", "BenchCase", "Rig", "start_rigs"]
 
-TIMEOUT_S = 90.0
+TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def start_rigs(
         requests, config.runtime.colocation_groups, DeviceInventory(1, None, "logical")
     )
     specs = [
-        ModelSpec(r.model_name, PolicyReference(r.model_name), r.layout, r.num_replicas)
+        ModelSpec(r.model_name, QuickReference(r.model_name), r.layout, r.num_replicas)
         for r in requests
     ]
     backend = RayBackend(folder / "logs")

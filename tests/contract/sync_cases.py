@@ -1,8 +1,9 @@
-"""A trainer and a sampler with weights of every kind, and what tests do to them in their workers."""
+"""A trainer and a sampler with weights of every kind, and what tests do to them in workers."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 
 from chatlearn import BaseModule
 from chatlearn.config import load_config
+from chatlearn.data.rows import RowBatch, RowId
 from chatlearn.engine.worker_calls import set_up_module
+from chatlearn.flow.stage import StageCall, StageInput, run_stage
 from chatlearn.parallel.sharding import Box
 from chatlearn.runtime.contract import ModelSpec
 from chatlearn.runtime.placement import DeviceInventory, build_requests, plan_placement
@@ -41,7 +44,7 @@ KINDS = {
     "flags": Kind(torch.bool, torch.bool, (2, 5)),
     "scalar": Kind(torch.float32, torch.float32, ()),
     "turned": Kind(torch.float32, torch.float32, (8, 30), is_turned=True),
-    "large": Kind(torch.float32, torch.float32, (300, 40)),
+    "large": Kind(torch.float32, torch.float32, (1200, 40)),
     "split": Kind(torch.float32, torch.bfloat16, (7, 6)),
     "embed": Kind(torch.float32, torch.float32, (12, 8)),
     "flat_a": Kind(torch.float32, torch.float32, (6, 4)),
@@ -69,6 +72,7 @@ class Weights(BaseModule):
         super().__init__(name)
         self.is_source = is_source
         self.is_fixed = False
+        self.told = {}
         self.hook = None
 
     def setup(self):
@@ -106,11 +110,10 @@ class Weights(BaseModule):
 
     def weight_shards(self):
         def place(shard):
-            if shard.key != "split":
-                return shard
-            return replace(
-                shard, global_shape=KINDS["split"].shape, box=Box((self.rows.start, 0), shard.box.shape)
-            )
+            if shard.key == "split":
+                box = Box((self.rows.start, 0), shard.box.shape)
+                shard = replace(shard, global_shape=KINDS["split"].shape, box=box)
+            return replace(shard, **self.told.get(shard.key, {}))
 
         return tuple(place(shard) for shard in super().weight_shards())
 
@@ -129,7 +132,7 @@ class Weights(BaseModule):
 # What runs in workers.
 
 
-def write(context, version, *, is_replaced=False, names=None):
+def write(context, version, is_replaced=False, names=None):
     """Give the trainer the weights of a version: in its tensors, or as new tensors."""
     module = context.module
     with torch.no_grad():
@@ -157,8 +160,8 @@ def differing(context, version):
 def blank(context):
     """Forget all weights, and what an earlier test set up."""
     module = context.module
-    context.unusable_reason = ""
-    module.hook, module.is_fixed = None, False
+    context.unusable_reason, context.reserved_shm_bytes = "", 0
+    module.hook, module.is_fixed, module.told = None, False, {}
     module.setup()
 
 
@@ -167,15 +170,44 @@ def set_node(context, node_id):
     context.node_id = node_id
 
 
-def set_fields(context, **fields):
-    """Set fields of the worker's context, such as the node that it claims to be on."""
-    for name, value in fields.items():
-        setattr(context, name, value)
+def reserve_all_memory(context):
+    """Leave no shared memory for weights."""
+    context.reserved_shm_bytes = 1 << 60
 
 
 def set_hook(context, hook):
     """Run `hook(module)` whenever a sync asks for the module's tensors."""
     context.module.hook = hook
+
+
+def tell(context, key, fields):
+    """Describe a weight wrongly."""
+    context.module.told = {key: fields}
+
+
+def resize(context, name, shape):
+    """Give a weight another shape, in silence."""
+    getattr(context.module.model, name).data = torch.zeros(shape)
+
+
+def spoil_element(context, name):
+    """Change one element."""
+    with torch.no_grad():
+        getattr(context.module.model, name).view(-1)[0] = 77.0
+
+
+def overlap(context):
+    """Let two weights share one element, by mistake."""
+    flat = torch.zeros(33)
+    context.module.model.flat_a.data = flat[:24].view(6, 4)
+    context.module.model.flat_b.data = flat[23:]
+
+
+def serve(context):
+    """What the sampler answers to a flow."""
+    rows = RowBatch((RowId(0, 0),), {"prompt": [1]})
+    call = StageCall("forward_step", rows.row_ids, (StageInput("data", [rows]),), iteration=0)
+    return run_stage(context, call)[0].columns["scalar"][0]
 
 
 def freeze(context):
@@ -189,43 +221,56 @@ def has_channel(context):
 
 def measure(context):
     """What this process holds."""
+    import ctypes
     import gc
-    import threading
 
     import psutil
 
     gc.collect()
+    # What malloc keeps for later is no leak, but comes and goes by megabytes.
+    ctypes.CDLL(None).malloc_trim(0)
     process = psutil.Process()
     return {
         "files": process.num_fds(),
         "threads": process.num_threads(),
-        "python_threads": threading.active_count(),
         "children": len(process.children()),
         "bytes": process.memory_info().rss,
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gate:
-    """A hook that says it has been reached, and lets nobody through before a file is there."""
+    """A hook that says it has been reached, and lets nobody through before a file is there.
+
+    Attributes:
+        folder: of the files.
+        num_free: how many calls pass before that.
+    """
 
     folder: Path
+    num_free: int = 0
 
     def __call__(self, module):
+        if self.num_free:
+            self.num_free -= 1
+            return
+        module.hook = None
         (self.folder / "reached").touch()
         deadline = time.monotonic() + TIMEOUT_S
         while not (self.folder / "open").exists() and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        module.hook = None
 
-    def await_reached(self):
-        deadline = time.monotonic() + TIMEOUT_S
-        while not (self.folder / "reached").exists():
-            assert time.monotonic() < deadline, "no sync came to the gate"
-            time.sleep(POLL_S)
+    def signal_there(self, process_id, number):
+        """Send a signal to the process that stands at the gate; another thread does it."""
 
-    def open(self):
-        (self.folder / "open").touch()
+        def wait():
+            deadline = time.monotonic() + TIMEOUT_S
+            while not (self.folder / "reached").exists() and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            os.kill(process_id, number)
+            (self.folder / "open").touch()
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 class Pair:
@@ -239,6 +284,7 @@ class Pair:
 
     def __init__(self, backend, folder, num_sources, num_destinations):
         self.backend = backend
+        self.transport = "auto"
         counts = {"trainer": num_sources, "sampler": num_destinations}
         config = load_config({"models": {name: {"num_gpu": n} for name, n in counts.items()}})
         requests = build_requests(config, tuple(counts), ("trainer",))
@@ -272,7 +318,9 @@ class Pair:
 
     def prepare(self, timeout_s=TIMEOUT_S, **settings):
         """A synchronizer that is ready, with small buckets."""
-        chosen = SyncSettings(timeout_s, **{"bucket_bytes": 4096, **settings})
+        chosen = SyncSettings(
+            timeout_s, **{"bucket_bytes": 4096, "transport": self.transport, **settings}
+        )
         found = WeightSynchronizer(
             self.backend, self.groups["trainer"], self.groups["sampler"], chosen
         )
