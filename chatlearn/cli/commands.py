@@ -15,7 +15,7 @@ from chatlearn.errors import ConfigError
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["run_check", "run_eval", "run_train"]
+__all__ = ["run_check", "run_eval", "run_plan", "run_train"]
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -47,3 +47,19 @@ def run_check(arguments: argparse.Namespace) -> None:
     config = load_config(Path(arguments.config), arguments.overrides)
     engine = build_engine(config)
     print_plan(engine, engine.plan(config, arguments.assume_devices, may_join=False), config)
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    """`chatlearn plan CONFIG`: the weight syncs in full, simulated on a stated cluster."""
+    from chatlearn.cli.sync_report import choose_speeds, print_sync_plans
+
+    config = load_config(Path(arguments.config), arguments.overrides)
+    engine = build_engine(config)
+    plan = engine.plan(config, arguments.assume_devices, may_join=False)
+    speeds = choose_speeds(
+        is_gpu=plan.placement.device_kind == "gpu",
+        node_gb_s=arguments.node_gb_s,
+        network_gb_s=arguments.network_gb_s,
+        latency_us=arguments.latency_us,
+    )
+    print_sync_plans(plan, config, speeds, as_json=arguments.json)

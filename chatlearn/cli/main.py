@@ -68,9 +68,9 @@ def run_to_exit_code(action: Callable[[], object]) -> int:
 
 def _run_command(parsed: argparse.Namespace) -> None:
     # Commands import torch and ray; --help and --version do not wait for them.
-    from chatlearn.cli.commands import run_check, run_eval, run_train
+    from chatlearn.cli.commands import run_check, run_eval, run_plan, run_train
 
-    commands = {"train": run_train, "eval": run_eval, "check": run_check}
+    commands = {"train": run_train, "eval": run_eval, "check": run_check, "plan": run_plan}
     commands[parsed.command](parsed)
 
 
@@ -97,6 +97,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "train": "run the engine that the config names",
         "eval": "evaluate once, without training",
         "check": "validate and print graph, placement and weight sync; starts nothing",
+        "plan": "print each weight sync's plan and what it takes; starts nothing",
     }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -104,14 +105,27 @@ def _build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key.path=value", help="win over the file"
         )
-        if name == "check":
+        if name in ("check", "plan"):
             command.add_argument(
                 "--assume-devices",
                 type=int,
                 metavar="N",
                 help="plan for N GPUs instead of those that are there",
             )
+        if name == "plan":
+            _add_cluster_arguments(command)
     return parser
+
+
+def _add_cluster_arguments(command: argparse.ArgumentParser) -> None:
+    usual = "default: H100 nodes with 400 Gb/s a GPU, or a host without GPUs"
+    for name, unit, text in (
+        ("--node-gb-s", "GB/S", f"speed of one rank within a node ({usual})"),
+        ("--network-gb-s", "GB/S", "speed of one rank across nodes"),
+        ("--latency-us", "US", "latency of one message"),
+    ):
+        command.add_argument(name, type=float, metavar=unit, help=text)
+    command.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
 def _say(text: str) -> None:

@@ -6,18 +6,15 @@ import os
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rich.box import ROUNDED
 from rich.console import Console
-from rich.table import Table
 
 from chatlearn.cli.parameter_count import count_parameters, parameter_bytes
+from chatlearn.cli.tables import print_table
 from chatlearn.engine.files import find_missing_data
 from chatlearn.flow.graph import describe_graph
 from chatlearn.runtime.placement import describe_placement
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from chatlearn.config import Config
     from chatlearn.engine.engine import Engine
     from chatlearn.engine.planning import RunPlan
@@ -46,47 +43,27 @@ def print_plan(
     console.print(f"engine {engine.name}, backend {config.runtime.backend}", markup=False)
     for graph in filter(None, (flows.environment, flows.trainer, flows.evaluator)):
         header = ("call", "inputs", "waits for", "returned", "line")
-        _print_table(console, f"{graph.name} flow", header, _graph_rows(graph))
+        print_table(console, f"{graph.name} flow", header, _graph_rows(graph))
     header = ("model", "module", "TP", "PP", "VPP", "CP", "DP", "replicas", "ranks", "on", "size")
     rows = [
         _model_row(request, flows.modules[request.model_name], config) for request in plan.requests
     ]
-    _print_table(console, "models", header, rows)
+    print_table(console, "models", header, rows)
     kind = "GPUs" if placement.device_kind == "gpu" else "logical devices"
     title = f"placement on {placement.num_nodes} x {placement.devices_per_node} {kind}"
     header = ("group", "model", "replica", "ranks", "node:device")
-    _print_table(console, title, header, describe_placement(placement))
+    print_table(console, title, header, describe_placement(placement))
     header = ("node", "devices", "models")
-    _print_table(console, "devices", header, _device_rows(placement))
+    print_table(console, "devices", header, _device_rows(placement))
     _print_syncs(console, plan, config)
     runtime = config.runtime
     missing = find_missing_data("runtime.data_path", runtime.data_path)
     missing += find_missing_data("runtime.eval_data_path", runtime.eval_data_path)
     missing += plan.missing_files
     if missing:
-        _print_table(console, "files that a run needs", ("missing",), [(line,) for line in missing])
+        print_table(console, "files that a run needs", ("missing",), [(line,) for line in missing])
     found = f"; {len(missing)} files are missing" if missing else ""
     console.print(f"ok: nothing was started{found}", markup=False)
-
-
-def _print_table(
-    console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
-) -> None:
-    listed = [tuple(header), *map(tuple, rows)]
-    console.print()
-    if not console.is_terminal:
-        console.out(title, highlight=False)
-        widths = [max(map(len, column)) for column in zip(*listed, strict=True)]
-        for row in listed:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            console.out("  " + "  ".join(cells).rstrip(), highlight=False)
-        return
-    table = Table(title=title, title_justify="left", box=ROUNDED)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in listed[1:]:
-        table.add_row(*row)
-    console.print(table, markup=False)
 
 
 def _graph_rows(graph: FlowGraph) -> list[tuple[str, ...]]:
@@ -156,7 +133,7 @@ def _print_syncs(console: Console, plan: RunPlan, config: Config) -> None:
         )
     if rows:
         header = ("models", "layouts", "ranks", "replicas", "size of one replica", "when")
-        _print_table(console, "weight sync", header, rows)
+        print_table(console, "weight sync", header, rows)
 
 
 def _describe_frequency(frequency: int) -> str:

@@ -27,7 +27,6 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
     },
     "runtime": {
         "bucket_size_mb_in_memory_manager": _OFFLOAD,
-        "coalesced_buffer_mb": "weight sync chooses its buckets",
         "concurrent_comm": "weight sync is always concurrent",
         "concurrent_setup": "models are always set up at the same time",
         "consumed_samples": "it is state of the run, not a setting",
@@ -42,7 +41,7 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "max_data_ckpt_nums": "use save_total_limit",
         "max_iteration_per_sample": "write the loop as a method of a module",
         "nsys": _PROFILE,
-        "param_sync_comm_type": "weight sync sends point to point",
+        "param_sync_comm_type": "weight sync chooses for each link; see weight_sync_transport",
         "param_sync_max_workers": "every worker takes part in weight sync",
         "policy_to_regroup_queue": "rows are always joined by row id",
         "profiler_dir": _PROFILE,

@@ -45,6 +45,14 @@ def _as_ratio(value: Any) -> Any:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_paths)]
+
+
+def _as_check(value: Any) -> Any:
+    # YAML's true and false, as ChatLearn's users write them.
+    return {True: "full", False: "false"}.get(value, value) if isinstance(value, bool) else value
+
+
+SyncCheck = Annotated[Literal["false", "digest", "full"], BeforeValidator(_as_check)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
@@ -251,8 +259,22 @@ class RuntimeConfig(_Section):
         default=300.0, description="limit of starting workers, seconds"
     )
     sync_timeout_s: Seconds = Field(default=300.0, description="limit of one weight sync, seconds")
-    validate_param_sync: bool = Field(
-        default=False, description="compare every element after a sync"
+    weight_sync_mode: Literal["in_place", "double"] = Field(
+        default="in_place",
+        description="`double` receives into a second copy, so that the old weights survive a "
+        "sync that fails",
+    )
+    weight_sync_transport: Literal["auto", "collective"] = Field(
+        default="auto",
+        description="`collective`: gloo or NCCL also within a host, no shared memory or CUDA IPC",
+    )
+    coalesced_buffer_mb: Positive = Field(
+        default=32, description="most MiB that a weight sync moves in one piece"
+    )
+    validate_param_sync: SyncCheck = Field(
+        default="false",
+        description="what is compared after a sync: `digest`: digests of all blocks, `full` (or "
+        "true): every element; `false`: digests of a 64th of the blocks in turn, always on",
     )
     algorithm: AlgorithmConfig = Field(
         default=AlgorithmConfig(), description="losses and advantages"

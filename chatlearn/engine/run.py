@@ -20,7 +20,7 @@ from chatlearn.engine.session import Session
 from chatlearn.engine.training import train_on_samples
 from chatlearn.engine.worker_calls import save_module
 from chatlearn.errors import ChatLearnError, ConfigError, DataError
-from chatlearn.sync.synchronizer import WeightSynchronizer
+from chatlearn.sync.synchronizer import SyncSettings, WeightSynchronizer
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -209,12 +209,20 @@ class _Run:
 
     def _build_synchronizer(self, source: str, destination: str) -> WeightSynchronizer:
         groups = self.session.groups
+        modules = self.session.plan.flows.modules
+        settings = SyncSettings(
+            timeout_s=self.runtime.sync_timeout_s,
+            mode=self.runtime.weight_sync_mode,
+            checks=self.runtime.validate_param_sync,
+            transport=self.runtime.weight_sync_transport,
+            bucket_bytes=self.runtime.coalesced_buffer_mb << 20,
+        )
         synchronizer = WeightSynchronizer(
             self.session.backend,
             groups[source],
             groups[destination],
-            timeout_s=self.runtime.sync_timeout_s,
-            validate=self.runtime.validate_param_sync,
+            settings,
+            (modules[source].weight_naming, modules[destination].weight_naming),
         )
         synchronizer.prepare()
         return synchronizer

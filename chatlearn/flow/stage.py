@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.data.rows import NamedInput, RowBatch, RowId, is_same_content, join_inputs
-from chatlearn.errors import DataError, NumericsError
+from chatlearn.errors import DataError, NumericsError, SyncError
 from chatlearn.metrics.means import mean_of_numbers
 from chatlearn.models.invoke import invoke, invoke_prepare_episode
 
@@ -92,7 +92,10 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
 
     Raises:
         DataError: inputs that do not fit together, or an output that is not as many rows.
+        SyncError: the module's weights are half new, since a sync did not finish.
     """
+    if context.unusable_reason:
+        raise SyncError(f"{context.unusable_reason}: they are not used before the next full sync")
     batch = _join(call.row_ids, call.inputs)
     producer = f"{context.model_name}.{call.method_name}"
     start_s = time.time()

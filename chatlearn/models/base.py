@@ -6,7 +6,7 @@ constructor must be light; `setup` builds what is heavy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -307,6 +307,14 @@ class BaseModule:
     def weight_tensors(self) -> Mapping[str, torch.Tensor]:
         """The live tensors that `weight_shards` speaks of, by local name."""
         return state_tensors(self.name, self.model)
+
+    def frozen_weights(self) -> Collection[str]:
+        """Names of `weight_tensors` that training never changes: moved once, not at each sync.
+
+        The default names none. A plain module whose frozen parameters nobody else changes may
+        give them here.
+        """
+        return ()
 
     def after_weight_sync(self, version: int) -> None:
         """New weights have been written into `weight_tensors`."""

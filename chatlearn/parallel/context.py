@@ -44,6 +44,8 @@ class WorkerContext:
         node_id: which node this worker is on; equal for workers of one host.
         process_id: operating system process; equal for models that share a process.
         timeout_s: bound of every collective.
+        reserved_shm_bytes: shared memory of this host that is spoken for.
+        unusable_reason: why the module must not be used now; empty where it may be.
     """
 
     model_name: str
@@ -57,6 +59,8 @@ class WorkerContext:
     node_id: str
     process_id: int
     timeout_s: float
+    reserved_shm_bytes: int = 0
+    unusable_reason: str = ""
     _resources: dict[Hashable, Closable] = field(default_factory=dict[Hashable, Closable])
 
     def keep(self, key: Hashable, build: Callable[[], ClosableT]) -> ClosableT:

@@ -20,7 +20,10 @@ __all__ = ["WorkerIdentity", "close_world", "join_world"]
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """Which rank of which replica of which model a process is, and on which node."""
+    """Which rank of which replica of which model a process is, and on which node.
+
+    `reserved_shm_bytes` is shared memory of the node that is spoken for, by Ray's object store.
+    """
 
     model_name: str
     replica: int
@@ -30,6 +33,7 @@ class WorkerIdentity:
     node_id: str
     is_cpu_only: bool
     timeout_s: float
+    reserved_shm_bytes: int = 0
 
 
 def join_world(identity: WorkerIdentity, module: Any, store: Any) -> WorkerContext:
@@ -68,6 +72,7 @@ def join_world(identity: WorkerIdentity, module: Any, store: Any) -> WorkerConte
         node_id=identity.node_id,
         process_id=os.getpid(),
         timeout_s=identity.timeout_s,
+        reserved_shm_bytes=identity.reserved_shm_bytes,
     )
 
 

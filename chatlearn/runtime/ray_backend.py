@@ -71,9 +71,11 @@ class _RayGroup:
         """Start the function on the given ranks."""
         import ray
 
-        packed = ray.put((function, args))
+        chosen = tuple(ranks if ranks is not None else range(len(self._actors)))
+        # Several ranks share one copy in the object store; for one alone that is a detour.
+        packed = ray.put((function, args)) if len(chosen) > 1 else (function, args)
         calls: list[PendingCall] = []
-        for rank in ranks if ranks is not None else range(len(self._actors)):
+        for rank in chosen:
             method = self._actors[rank].run.options(num_returns=num_outputs)
             found = method.remote(packed, num_outputs, flow_line)
             refs = (found,) if num_outputs == 1 else tuple(found)
@@ -253,6 +255,7 @@ class RayBackend:
             for actor, port in ports.items()
         }
         by_name = {spec.name: spec for spec in specs}
+        reserved = ray_cluster.object_store_bytes()
         joins: dict[_Actor, Any] = {}
         for actor, summary in summaries.items():
             spec = by_name[summary.model_name]
@@ -264,6 +267,7 @@ class RayBackend:
                 "node_id": summary.node_id,
                 "is_cpu_only": spec.is_cpu_only,
                 "timeout_s": config.runtime.sync_timeout_s,
+                "reserved_shm_bytes": reserved.get(summary.node_id, 0),
             }
             where = address[summary.model_name, summary.replica]
             joins[actor] = actor.handle.join.remote(fields, spec.layout, modules[spec.name], where)

@@ -35,6 +35,7 @@ __all__ = [
     "count_cluster_devices",
     "join_cluster",
     "leave_cluster",
+    "object_store_bytes",
     "prepare_token",
     "start_cluster",
 ]
@@ -224,6 +225,16 @@ def count_cluster_devices() -> tuple[int, int]:
     if with_gpu:
         return len(with_gpu), min(with_gpu)
     return len(nodes), 0
+
+
+def object_store_bytes() -> dict[str, int]:
+    """Size of the object store of each node, by node id; its pages are taken as it fills."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return {
+        str(node["NodeID"]): int(node["Resources"].get("object_store_memory", 0)) for node in nodes
+    }
 
 
 def leave_cluster() -> None:

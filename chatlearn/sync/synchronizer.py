@@ -3,27 +3,57 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from chatlearn.errors import SyncError, WaitTimeoutError
-from chatlearn.sync.plan import Endpoint, Message, SyncPlan, plan_sync
+from chatlearn.errors import SyncError, WorkerError
+from chatlearn.sync.channel import ChannelAddress, host_channel, open_channel
+from chatlearn.sync.plan import DEFAULT_BUCKET_BYTES, plan_sync
+from chatlearn.sync.programs import RankProgram, build_programs, first_awaited, first_taken
+from chatlearn.sync.rank_calls import RankCalls
+from chatlearn.sync.records import LINKS, Endpoint, Hop, SyncPlan
+from chatlearn.sync.state import Offer, SyncCall
 from chatlearn.sync.transport import (
-    ChannelAddress,
+    commit_weights,
     describe_endpoint,
-    export_weights,
-    host_channel,
-    move_weights,
-    open_channel,
-    take_weights,
+    exchange_weights,
+    install_programs,
+    is_shareable,
+    offer_weights,
+    pull_early,
+    pull_weights,
+    spoil_weights,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from chatlearn.runtime.contract import Backend, PendingCall, WorkerGroup
 
-__all__ = ["SyncReport", "WeightSynchronizer"]
+__all__ = ["SyncReport", "SyncSettings", "WeightSynchronizer"]
+
+_PROCESS, _DEVICE, _NODE, _NETWORK = range(len(LINKS))
+# Ranks notice a peer that does not come before the driver notices that they are late.
+_RANK_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """How weights are moved.
+
+    Attributes:
+        timeout_s: limit of a whole sync, seconds.
+        mode: `in_place`, or `double`: into a second copy, which is put into force at the end.
+        checks: `false`, `digest` or `full`, as in `SyncCall`.
+        transport: `auto`, or `collective`: nothing through shared memory or IPC.
+        bucket_bytes: most bytes of one bucket.
+    """
+
+    timeout_s: float
+    mode: str = "in_place"
+    checks: str = "false"
+    transport: str = "auto"
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
 
 
 @dataclass(frozen=True)
@@ -46,6 +76,23 @@ class SyncReport:
         return self.end_s - self.start_s
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What `prepare` has made.
+
+    Attributes:
+        full: the plan of everything.
+        trained: the plan of what training changes; None where that is everything.
+        programs: of `full`.
+        trained_programs: of `trained`, else of `full`.
+    """
+
+    full: SyncPlan
+    trained: SyncPlan | None
+    programs: tuple[RankProgram, ...]
+    trained_programs: tuple[RankProgram, ...]
+
+
 class WeightSynchronizer:
     """Moves the weights of one model to every replica of another.
 
@@ -53,8 +100,8 @@ class WeightSynchronizer:
         backend: runs the calls.
         sources: worker groups of the model that is trained.
         destinations: worker groups of its inference twin.
-        timeout_s: limit of each step, seconds.
-        validate: compare every element after each sync.
+        settings: how.
+        namings: the naming of the weights of source and destination, as their modules say.
     """
 
     def __init__(
@@ -62,122 +109,250 @@ class WeightSynchronizer:
         backend: Backend,
         sources: Sequence[WorkerGroup],
         destinations: Sequence[WorkerGroup],
-        *,
-        timeout_s: float,
-        validate: bool = False,
+        settings: SyncSettings,
+        namings: tuple[str, str] = ("", ""),
     ) -> None:
-        self._backend = backend
-        self._sources = tuple(sources)
-        self._destinations = tuple(destinations)
-        self._timeout_s = timeout_s
-        self._validate = validate
+        self._settings = settings
+        self._namings = namings
         self._key = f"{sources[0].model_name} -> {destinations[0].model_name}"
-        self._plan: SyncPlan | None = None
+        self._num_sources = sum(group.layout.world_size for group in sources)
+        self._ranks = RankCalls(
+            backend, (*sources, *destinations), f"weight sync {self._key}", settings.timeout_s
+        )
+        self._ready: _Ready | None = None
+        self._must_be_full = True
+        self._is_channel_open = False
+        self._turn = 0
 
     @property
     def plan(self) -> SyncPlan:
-        """The plan; `prepare` makes it."""
-        if self._plan is None:
-            raise SyncError(f"the sync {self._key} has not been prepared")
-        return self._plan
+        """The plan of a full sync; `prepare` makes it."""
+        return self._prepared.full
 
     def prepare(self) -> None:
-        """Gather the descriptions, plan, and open the channel.
+        """Gather the descriptions, plan, choose transports, and open the channel.
 
         Raises:
             SyncError: the two models do not fit together.
         """
-        sources = self._describe(self._sources)
-        destinations = self._describe(self._destinations)
-        self._plan = plan_sync(sources, destinations)
-        if not self._is_one_process:
-            self._open_channel()
+        endpoints = self._describe()
+        sources, destinations = endpoints[: self._num_sources], endpoints[self._num_sources :]
+        size = self._settings.bucket_bytes
+        full = plan_sync(sources, destinations, size)
+        self._check_complete(full)
+        trained: SyncPlan | None = None
+        if any(endpoint.frozen for endpoint in sources):
+            trained = plan_sync(sources, destinations, size, skip_frozen=True)
+        is_sent = self._choose_transports(full)
+        programs = build_programs(full, is_sent)
+        others = build_programs(trained, is_sent) if trained is not None else None
+        self._install(programs, others)
+        self._ready = _Ready(full, trained, programs, others or programs)
+        self._ranks.awaited, self._ranks.taken = first_awaited(programs), first_taken(programs)
+        self._open_channel()
 
     def sync(self, version: int) -> SyncReport:
         """Move the weights; the destinations have them all when this returns.
+
+        After a sync that failed, the next one moves everything anew, over a new channel.
 
         Args:
             version: number of the weights, given to the destinations' modules.
 
         Raises:
-            WorkerError: a rank failed; its message names peer and tensor.
-            WaitTimeoutError: a rank did not answer in time.
+            WorkerError: a rank failed; its message names the tensor.
+            WaitTimeoutError: a rank did not answer in time; names it and the tensor awaited.
+            SyncError: a message between two ranks failed; names both and the tensor.
         """
         start_s = time.time()
-        self._execute(version, is_check=False)
-        if self._validate:
-            self._execute(version, is_check=True)
-        return SyncReport(start_s, time.time(), self.plan.num_bytes)
+        settings = self._settings
+        if not self._is_channel_open:
+            self._open_channel()
+        call = SyncCall(
+            self._key,
+            version,
+            self._must_be_full,
+            settings.mode == "double",
+            settings.checks,
+            self._turn,
+        )
+        self._must_be_full = True
+        is_served = not call.is_double
+        deadline = self._ranks.deadline()
+        try:
+            early = self._start_early(call)
+            offers = self._offer_own(call, deadline)
+            self._ranks.gather(early, deadline, "take weights")
+            self._move(call, offers, deadline)
+            if settings.checks == "full":
+                check = replace(call, is_check=True)
+                self._move(check, self._offer_own(check, deadline), deadline)
+            if call.is_double:
+                is_served = True
+                self._commit(call, deadline)
+        except BaseException:
+            self._is_channel_open = False
+            if is_served:
+                reason = f"the weights are half new: sync {self._key} to version {version} failed"
+                takers = range(self._num_sources, self._ranks.count)
+                self._ranks.tell(spoil_weights, takers, reason)
+            raise
+        self._must_be_full = False
+        self._turn += 1
+        return SyncReport(start_s, time.time(), self._plan_of(call).num_bytes)
 
     def close(self) -> None:
-        """Forget the plan; channels end with their workers."""
-        self._plan = None
+        """Forget the plan; what workers keep ends with them."""
+        self._ready = None
 
     @property
-    def _is_one_process(self) -> bool:
-        return len({(e.node_id, e.process_id) for e in self.plan.endpoints}) == 1
+    def _prepared(self) -> _Ready:
+        if self._ready is None:
+            raise SyncError(f"the sync {self._key} has not been prepared")
+        return self._ready
 
-    def _execute(self, version: int, *, is_check: bool) -> None:
-        if self._is_one_process:
-            (exported,) = self._sources[0].call(export_weights)
-            self._wait([exported])
-            messages = self.plan.messages
-            (taken,) = self._destinations[0].call(
-                take_weights, messages, exported.outputs[0], version, is_check
+    def _plan_of(self, call: SyncCall) -> SyncPlan:
+        ready = self._prepared
+        return ready.full if call.is_full or ready.trained is None else ready.trained
+
+    def _start_early(self, call: SyncCall) -> dict[int, PendingCall]:
+        """Let destinations copy while the sources prepare their offers, where that is safe."""
+        ready = self._prepared
+        programs = ready.programs if call.is_full else ready.trained_programs
+        endpoints = ready.full.endpoints
+        # On a GPU a source's last kernels may still run when its call has returned.
+        if any(program.steps for program in programs) or any(e.device_id for e in endpoints):
+            return {}
+        takers = range(self._num_sources, self._ranks.count)
+        return self._ranks.start(pull_early, takers, lambda _: (call,))
+
+    def _move(self, call: SyncCall, offers: dict[int, Offer], deadline: float) -> None:
+        ready = self._prepared
+        programs = ready.programs if call.is_full else ready.trained_programs
+        stepping = [program.index for program in programs if program.steps]
+        if stepping:
+            self._ranks.run(
+                exchange_weights, stepping, deadline, "exchange weights", lambda _: (call,)
             )
-            self._wait([taken])
-            return
-        parts: list[list[Message]] = [[] for _ in self.plan.endpoints]
-        for message in self.plan.messages:
-            parts[message.source].append(message)
-            parts[message.destination].append(message)
-        self._on_every_rank(
-            lambda group, rank, number: group.call(
-                move_weights, self._key, tuple(parts[number]), version, is_check, ranks=(rank,)
+        relaying = {p.index for p in programs if p.is_destination and (p.exported or p.lent)}
+        if relaying:
+            offers = {**offers, **self._offer(call, relaying, deadline)}
+        takers = [program.index for program in ready.programs if program.is_destination]
+        wanted = {
+            at: tuple(offers[i] for i in ready.programs[at].sources | programs[at].sources)
+            for at in takers
+        }
+        self._ranks.run(
+            pull_weights, takers, deadline, "take weights", lambda at: (call, wanted[at])
+        )
+
+    def _commit(self, call: SyncCall, deadline: float) -> None:
+        takers = range(self._num_sources, self._ranks.count)
+        self._ranks.run(commit_weights, takers, deadline, "switch to them", lambda _: (call,))
+
+    def _offer_own(self, call: SyncCall, deadline: float) -> dict[int, Offer]:
+        return self._offer(call, range(self._num_sources), deadline)
+
+    def _offer(self, call: SyncCall, ranks: Collection[int], deadline: float) -> dict[int, Offer]:
+        found = self._ranks.run(offer_weights, ranks, deadline, "offer weights", lambda _: (call,))
+        return {offer.index: offer for offer in found.values()}
+
+    def _describe(self) -> list[Endpoint]:
+        """Descriptions in one naming: the destination's, else the source's."""
+        source, destination = self._namings
+        if source == destination:
+            return self._ask_descriptions(None, None)
+        try:
+            return self._ask_descriptions(destination, None)
+        except WorkerError as error:
+            if error.is_death:
+                raise
+            try:
+                return self._ask_descriptions(None, source)
+            except WorkerError:
+                raise error from None
+
+    def _ask_descriptions(self, source: str | None, destination: str | None) -> list[Endpoint]:
+        found = self._ranks.run(
+            describe_endpoint,
+            range(self._ranks.count),
+            self._ranks.deadline(),
+            "describe their weights",
+            lambda at: (source if at < self._num_sources else destination,),
+        )
+        return [found[at] for at in range(self._ranks.count)]
+
+    def _check_complete(self, plan: SyncPlan) -> None:
+        """Between two namings a tensor that is left out would leave wrong values in silence."""
+        if self._namings[0] != self._namings[1] and plan.unused_keys:
+            raise SyncError(
+                f"weight sync {self._key}: the destination has no place for "
+                f"{', '.join(plan.unused_keys[:6])}: both models need the same architecture (tied "
+                "or untied embeddings, biases)"
             )
+
+    def _choose_transports(self, plan: SyncPlan) -> Callable[[Hop], bool]:
+        """Whether a hop goes over the channel: across nodes, or where nothing can be shared."""
+        if self._settings.transport == "collective":
+            return lambda hop: hop.link != _PROCESS
+        endpoints = plan.endpoints
+        # On GPUs a device of the same node may be invisible here: only the own one is opened.
+        opened = {_DEVICE, _NODE} if not any(e.device_id for e in endpoints) else {_DEVICE}
+        names: dict[int, set[str]] = {}
+        for hop in plan.hops:
+            if hop.link in opened:
+                for piece in plan.buckets[hop.bucket].pieces:
+                    is_own = hop.source < plan.num_sources
+                    cell = piece.source if is_own else piece.destination
+                    shard = cell.shards[plan.groups[hop.source]]
+                    names.setdefault(hop.source, set()).add(shard.local_name)
+        empty = RankProgram(0, is_destination=False)
+        if names:
+            self._install((empty,) * self._ranks.count, None)
+        is_double = self._settings.mode == "double"
+        shared = self._ranks.run(
+            is_shareable,
+            names,
+            self._ranks.deadline(),
+            "share their weights",
+            lambda at: (self._key, sorted(names[at]), is_double and at >= plan.num_sources),
+        )
+        return lambda hop: (
+            hop.link == _NETWORK
+            or (hop.link != _PROCESS and not (hop.link in opened and shared.get(hop.source)))
+        )
+
+    def _install(
+        self, programs: Sequence[RankProgram], others: Sequence[RankProgram] | None
+    ) -> None:
+        self._ranks.run(
+            install_programs,
+            range(len(programs)),
+            self._ranks.deadline(),
+            "prepare",
+            lambda at: (self._key, programs[at], others[at] if others is not None else None),
         )
 
     def _open_channel(self) -> None:
-        labels = tuple(endpoint.label for endpoint in self.plan.endpoints)
-        (hosted,) = self._sources[0].call(host_channel, self._key, ranks=(0,))
-        host, port = self._backend.fetch(hosted, self._timeout_s)
-        address = ChannelAddress(self._key, host, port, len(labels), labels)
-        self._on_every_rank(
-            lambda group, rank, number: group.call(open_channel, address, number, ranks=(rank,))
+        ready = self._prepared
+        members = tuple(program.index for program in ready.programs if program.steps)
+        self._is_channel_open = True
+        if not members:
+            return
+        deadline = self._ranks.deadline()
+        first = members[0]
+        found = self._ranks.run(
+            host_channel, [first], deadline, "open a store", lambda _: (self._key,)
         )
-
-    def _on_every_rank(
-        self, start: Callable[[WorkerGroup, int, int], tuple[PendingCall, ...]]
-    ) -> None:
-        calls: list[PendingCall] = []
-        for group in (*self._sources, *self._destinations):
-            for rank in range(group.layout.world_size):
-                calls.extend(start(group, rank, len(calls)))
-        self._wait(calls)
-
-    def _describe(self, groups: Sequence[WorkerGroup]) -> list[Endpoint]:
-        calls = [call for group in groups for call in group.call(describe_endpoint)]
-        self._wait(calls)
-        found: list[Any] = [self._backend.fetch(call, self._timeout_s) for call in calls]
-        return found
-
-    def _wait(self, calls: Sequence[PendingCall]) -> None:
-        deadline = time.monotonic() + self._timeout_s
-        left = {id(call): call for call in calls}
-        while left:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                late = ", ".join(
-                    f"{c.worker.model_name}.r{c.worker.replica}.{c.worker.rank}"
-                    for c in left.values()
-                )
-                raise WaitTimeoutError(
-                    f"weight sync {self._key}: no answer within "
-                    f"runtime.sync_timeout_s={self._timeout_s:g} from {late}"
-                )
-            try:
-                done = self._backend.wait_any(tuple(left.values()), min(remaining, 1.0))
-            except WaitTimeoutError:
-                continue
-            for call in done:
-                left.pop(id(call))
+        host, port = found[first]
+        endpoints = ready.full.endpoints
+        address = ChannelAddress(
+            self._key,
+            host,
+            port,
+            members,
+            tuple(endpoints[member].label for member in members),
+            "nccl" if all(endpoints[member].device_id for member in members) else "gloo",
+            _RANK_SHARE * self._settings.timeout_s,
+        )
+        self._ranks.run(open_channel, members, deadline, "open a channel", lambda at: (address, at))

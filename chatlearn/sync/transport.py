@@ -1,19 +1,32 @@
-"""Executes a sync plan inside the workers: rank to rank, never through the driver.
+"""What runs inside the workers during a weight sync; the driver calls these in phases.
 
-A channel is a gloo process group over all ranks of both models, made once and kept in the
-worker's context. Every rank handles its messages in the plan's order, which is the same
-everywhere, so no two ranks wait for each other in turn.
+0. `pull_early` on every destination, where all weights are pulled and every source is known from
+   the sync before: copies while the sources still prepare their offers.
+1. `offer_weights` on every source: its tensors are checked, shared, and digested.
+2. `exchange_weights` on every rank with steps on the channel.
+3. `offer_weights` again on destinations that others pull from.
+4. `pull_weights` on every destination: copies out of what is offered, and compares digests.
+5. `commit_weights` on every destination, in the mode `double`.
+
+The sources stand still meanwhile: a worker runs one call at a time, and the driver starts no other.
+What is kept from one sync to the next are resources of the worker's context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import SyncError
-from chatlearn.sync.plan import Endpoint, Message
+from chatlearn.sync.channel import Channel, MessageError
+from chatlearn.sync.digest import compute_digest, has_equal_bits
+from chatlearn.sync.programs import NUM_TURNS, Block, Pull, RankProgram
+from chatlearn.sync.rank_calls import Failure
+from chatlearn.sync.records import Endpoint
+from chatlearn.sync.shared_memory import OpenedTensors, SharedTensors, TensorHandle
+from chatlearn.sync.state import Early, Offer, Programs, Shadow, SyncCall
 
 if TYPE_CHECKING:
     import torch
@@ -21,226 +34,372 @@ if TYPE_CHECKING:
     from chatlearn.parallel.context import WorkerContext
 
 __all__ = [
-    "ChannelAddress",
+    "commit_weights",
     "describe_endpoint",
-    "export_weights",
-    "host_channel",
-    "move_weights",
-    "open_channel",
-    "take_weights",
+    "exchange_weights",
+    "install_programs",
+    "is_shareable",
+    "offer_weights",
+    "pull_early",
+    "pull_weights",
+    "spoil_weights",
 ]
 
-
-# Messages of one pair of ranks arrive in the order they are sent, so one tag serves.
-_TAG = 1
-
-
-@dataclass(frozen=True)
-class ChannelAddress:
-    """Where the ranks of a channel meet: a key of the context's resources and a store."""
-
-    key: str
-    host: str
-    port: int
-    size: int
-    labels: tuple[str, ...]
+# More threads than this no longer copy faster.
+_MOST_THREADS = 8
 
 
-class _Store:
-    """The store that rank 0 of a channel hosts."""
-
-    def __init__(self, host: str, timeout_s: float) -> None:
-        import torch.distributed as dist
-
-        timeout = timedelta(seconds=timeout_s)
-        self.store = dist.TCPStore(host, 0, None, True, timeout, wait_for_workers=False)
-
-    def close(self) -> None:
-        """Let go of the store."""
-        del self.store
-
-
-class _Channel:
-    """One rank's end of a channel."""
-
-    def __init__(self, address: ChannelAddress, rank: int, store: Any, timeout_s: float) -> None:
-        import torch.distributed as dist
-
-        self.rank = rank
-        self.labels = address.labels
-        prefixed = dist.PrefixStore(address.key, store)
-        timeout = timedelta(seconds=timeout_s)
-        self.group = dist.ProcessGroupGloo(prefixed, rank, address.size, timeout)
-
-    def close(self) -> None:
-        """Leave the group."""
-        del self.group
-
-
-def describe_endpoint(context: WorkerContext) -> Endpoint:
-    """This rank and its shards, for the planner."""
+def describe_endpoint(context: WorkerContext, naming: str | None = None) -> Endpoint:
+    """This rank and its shards, for the planner, in the given naming (None: its own)."""
+    module = context.module
+    shards = module.weight_shards() if naming is None else module.weight_shards_in(naming)
+    device = context.device
     return Endpoint(
         context.model_name,
         context.replica,
         context.rank,
         context.node_id,
         context.process_id,
-        tuple(context.module.weight_shards()),
+        tuple(shards),
+        "" if device.type == "cpu" else _device_id(device),
+        frozenset(module.frozen_weights()),
     )
 
 
-def host_channel(context: WorkerContext, key: str) -> tuple[str, int]:
-    """Open the store of a channel in this worker; gives host and port."""
-    kept = context.keep(("sync store", key), lambda: _Store(context.host, context.timeout_s))
-    return context.host, kept.store.port
+def install_programs(
+    context: WorkerContext, key: str, full: RankProgram, trained: RankProgram | None
+) -> None:
+    """Keep what this rank does in each sync of this key."""
+    for kind in ("programs", "opened", "shared", "shadow", "early", "channel", "store"):
+        context.drop((f"sync {kind}", key))
+    live = _live_tensors(context) if full.described else {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
+    reserved = context.reserved_shm_bytes
+    context.keep(("sync programs", key), lambda: Programs(full, trained, reserved, shapes))
 
 
-def open_channel(context: WorkerContext, address: ChannelAddress, rank: int) -> None:
-    """Join a channel as `rank`; returns when every rank has come.
+def is_shareable(context: WorkerContext, key: str, names: Sequence[str], is_double: bool) -> bool:
+    """Share the named tensors; False where shared memory is too small, or cannot be used.
+
+    A module whose `weight_tensors` gives new tensors each time (merged, say) cannot share: what a
+    reader would open is gone when it reads.
+    """
+    live = _live_tensors(context)
+    again = context.module.weight_tensors()
+    if any(live[name].data_ptr() != again[name].data_ptr() for name in names):
+        return False
+    tensors = _targets(context, key, live) if is_double else live
+    return _share(context, key, {name: tensors[name] for name in names}) is not None
+
+
+def pull_early(context: WorkerContext, call: SyncCall) -> None:
+    """Copy by the handles of the sync before, for `pull_weights` to confirm.
+
+    The caller knows that the sources stand still. Nothing is copied where a source is new.
+    """
+    early = context.keep(("sync early", call.key), Early)
+    early.close()
+    program = _programs(context, call.key).of(call)
+    opened = context.keep(("sync opened", call.key), OpenedTensors)
+    # After a sync of the changed tensors alone, the others of a full one are not open.
+    if any(
+        part.local_name not in opened.tensors(pull.source)
+        for pull in program.pulls
+        for part in pull.source_parts
+    ):
+        return
+    live = _checked_tensors(context, call)
+    targets = _begin(context, call, live)
+    with _all_cores(program):
+        for pull in program.pulls:
+            _copy(pull, opened.tensors(pull.source), targets)
+    early.call = call
+    early.handles = {pull.source: opened.handles(pull.source) for pull in program.pulls}
+
+
+def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
+    """Check this rank's tensors, and say how others get at them.
 
     Raises:
-        SyncError: a rank did not come within the timeout.
+        SyncError: a tensor is no longer as it was described.
     """
-    import torch.distributed as dist
-
-    timeout = timedelta(seconds=context.timeout_s)
-    try:
-        if rank == 0:
-            hosted = context.keep(
-                ("sync store", address.key), lambda: _Store(context.host, context.timeout_s)
-            )
-            store = hosted.store
-        else:
-            store = dist.TCPStore(address.host, address.port, None, False, timeout)
-        context.drop(("sync channel", address.key))
-        context.keep(
-            ("sync channel", address.key),
-            lambda: _Channel(address, rank, store, context.timeout_s),
-        )
-    except RuntimeError as error:
+    program = _programs(context, call.key).of(call)
+    live = _checked_tensors(context, call)
+    is_served = program.is_destination and call.is_double
+    tensors = _targets(context, call.key, live) if is_served else live
+    handles = _share(context, call.key, {name: tensors[name] for name in program.exported})
+    if handles is None:
         raise SyncError(
-            f"{address.labels[rank]} could not open its sync channel within "
-            f"{context.timeout_s:g} s: {error}"
-        ) from error
+            f"{_label(context)} has new tensors, and shared memory has no room for them: give "
+            "/dev/shm more, or set runtime.weight_sync_transport: collective"
+        )
+    lent = {name: tensors[name] for name in program.lent}
+    digests: dict[int, int] = {}
+    if not program.is_destination and not call.is_check:
+        blocks = _chosen(_programs(context, call.key).full, call)
+        digests = {block.number: _digest(block, tensors) for block in blocks}
+    return Offer(program.index, _label(context), call.version, handles, lent, digests)
 
 
-def move_weights(
+def exchange_weights(context: WorkerContext, call: SyncCall) -> Failure | None:
+    """Send and receive what goes over the channel; a message that failed is given back.
+
+    Raises:
+        SyncError: in a check, something differs.
+    """
+    program = _programs(context, call.key).of(call)
+    channel: Channel = context.keep(("sync channel", call.key), _missing_channel)
+    differing: list[str] | None = [] if call.is_check else None
+    try:
+        live = _checked_tensors(context, call)
+        taken: Mapping[str, Any] = live
+        if program.is_destination:
+            taken = _begin(context, call, live)
+        channel.run(program.steps, live, taken, differing)
+    except BaseException as error:
+        # Without this end the others notice at once, and need not wait for their timeouts.
+        context.drop(("sync channel", call.key))
+        if isinstance(error, MessageError):
+            return Failure(str(error), error.is_lost)
+        raise
+    _raise_differing(context, differing or ())
+    return None
+
+
+def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]) -> None:
+    """Copy what this rank takes from others' tensors, and compare digests with theirs.
+
+    In the mode `in_place` the new weights are in force when this returns.
+
+    Raises:
+        SyncError: an offer is of another version, or what is here differs from the source's.
+    """
+    programs = _programs(context, call.key)
+    program = programs.of(call)
+    live = _checked_tensors(context, call)
+    by_index = {offer.index: offer for offer in offers}
+    for offer in offers:
+        if offer.version != call.version:
+            raise SyncError(
+                f"{_label(context)} awaits version {call.version} of the weights, but "
+                f"{offer.label} offers version {offer.version}"
+            )
+    targets = _begin(context, call, live)
+    if call.is_check:
+        _compare(context, call.key, program, targets, by_index)
+        return
+    early = context.keep(("sync early", call.key), Early)
+    with _all_cores(program):
+        for pull in program.pulls:
+            offer = by_index[pull.source]
+            if not early.has(call, offer):
+                _copy(pull, _open(context, call.key, offer), targets)
+    early.close()
+    if context.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    # In a sync of the changed tensors only, the others are here since the last full one.
+    _check_digests(context, programs.full, call, targets, by_index)
+    if not call.is_double:
+        _finish(context, call.version)
+
+
+def commit_weights(context: WorkerContext, call: SyncCall) -> None:
+    """Put the second copy into force; a local copy that needs nobody else.
+
+    Raises:
+        SyncError: what is in force differs from the second copy.
+    """
+    programs = _programs(context, call.key)
+    live = _checked_tensors(context, call)
+    shadow = _targets(context, call.key, live)
+    _begin_serving(context, call)
+    for name in programs.of(call).described:
+        live[name].copy_(shadow[name])
+    for block in _chosen(programs.full, call):
+        name, slices = block.part.local_name, block.part.slices
+        if not has_equal_bits(live[name][slices], shadow[name][slices]):
+            raise SyncError(
+                f"{block.part.label} differs on {_label(context)} from its second copy after the "
+                f"sync to version {call.version}"
+            )
+    _finish(context, call.version)
+
+
+def spoil_weights(context: WorkerContext, reason: str) -> None:
+    """Refuse to serve until the next full sync: other ranks do not have these weights."""
+    context.unusable_reason = reason
+
+
+def _begin(
+    context: WorkerContext, call: SyncCall, live: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Where new weights go; in place, nothing may be served from now on."""
+    if call.is_double:
+        return _targets(context, call.key, live)
+    if not call.is_check:
+        _begin_serving(context, call)
+    return live
+
+
+def _begin_serving(context: WorkerContext, call: SyncCall) -> None:
+    """From now on what is served is half new, until `_finish`."""
+    context.unusable_reason = (
+        f"the weights of {_label(context)} are half new: sync {call.key} to version "
+        f"{call.version} did not finish"
+    )
+
+
+def _finish(context: WorkerContext, version: int) -> None:
+    context.module.after_weight_sync(version)
+    context.unusable_reason = ""
+
+
+def _compare(
     context: WorkerContext,
     key: str,
-    messages: Sequence[Message],
-    version: int,
-    is_check: bool,
+    program: RankProgram,
+    targets: Mapping[str, torch.Tensor],
+    offers: Mapping[int, Offer],
 ) -> None:
-    """Send and receive this rank's messages of a plan.
-
-    Args:
-        context: the worker.
-        key: of the channel.
-        messages: those of the plan in which this rank takes part, in the plan's order.
-        version: of the weights; given to the module once all are written.
-        is_check: compare what comes with what is there, instead of writing it.
-
-    Raises:
-        SyncError: a peer did not come in time (names it and the tensor awaited), or, with
-            `is_check`, an element differs (names tensor, rank and slice).
-    """
-    channel = context.keep(("sync channel", key), _missing_channel)
-    tensors = context.module.weight_tensors()
-    is_destination = False
-    for number, message in enumerate(messages):
-        is_source = message.source == channel.rank
-        peer = message.destination if is_source else message.source
-        try:
-            if is_source:
-                _point_to_point(channel).send([_pack(message, tensors)], peer, _TAG).wait()
-            else:
-                is_destination = True
-                buffer = _empty_buffer(message)
-                _point_to_point(channel).recv([buffer], peer, _TAG).wait()
-                _unpack(message, tensors, buffer, channel.labels[channel.rank], is_check)
-        except RuntimeError as error:
-            verb = "to send" if is_source else "to receive"
-            raise SyncError(
-                f"{channel.labels[channel.rank]} failed {verb} {message.transfers[0].source.key} "
-                f"(message {number + 1} of {len(messages)}) with {channel.labels[peer]}: {error}"
-            ) from error
-    if is_destination and not is_check:
-        context.module.after_weight_sync(version)
+    differing: list[str] = []
+    for pull in program.pulls:
+        tensors = _open(context, key, offers[pull.source])
+        for given, taken in zip(pull.source_parts, pull.parts, strict=True):
+            region = targets[taken.local_name][taken.slices]
+            source = tensors[given.local_name][given.slices].view(region.shape)
+            if not has_equal_bits(region, source.to(region.dtype)):
+                differing.append(taken.label)
+    _raise_differing(context, differing)
 
 
-def export_weights(context: WorkerContext) -> Mapping[str, torch.Tensor]:
-    """The live tensors of this rank, for a destination in the same process."""
-    return context.module.weight_tensors()
+def _raise_differing(context: WorkerContext, differing: Sequence[str]) -> None:
+    if differing:
+        raise SyncError(
+            f"after the sync {len(differing)} parts differ on {_label(context)}: "
+            f"{'; '.join(differing[:4])}"
+        )
 
 
-def take_weights(
-    context: WorkerContext,
-    messages: Sequence[Message],
-    exported: Mapping[str, torch.Tensor],
-    version: int,
-    is_check: bool,
+def _copy(
+    pull: Pull, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copy from tensors of the same process; arguments as in `move_weights`."""
+    for given, taken in zip(pull.source_parts, pull.parts, strict=True):
+        region = targets[taken.local_name][taken.slices]
+        region.copy_(tensors[given.local_name][given.slices].view(region.shape))
+
+
+@contextmanager
+def _all_cores(program: RankProgram) -> Generator[None]:
+    """Copy with the cores of all ranks of this node: the others stand still."""
     import torch
 
-    tensors = context.module.weight_tensors()
-    label = f"{context.model_name}.r{context.replica}.{context.rank}"
-    with torch.no_grad():
-        for message in messages:
-            _unpack(message, tensors, _pack(message, exported), label, is_check)
-    if not is_check:
-        context.module.after_weight_sync(version)
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) // max(1, program.num_neighbours)
+    torch.set_num_threads(max(before, min(cores, _MOST_THREADS)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _missing_channel() -> _Channel:
+def _check_digests(
+    context: WorkerContext,
+    program: RankProgram,
+    call: SyncCall,
+    tensors: Mapping[str, torch.Tensor],
+    offers: Mapping[int, Offer],
+) -> None:
+    for block in _chosen(program, call):
+        offer = offers[block.origin]
+        if offer.digests.get(block.number) != _digest(block, tensors):
+            raise SyncError(
+                f"{block.part.label} differs on {_label(context)} from that of {offer.label} "
+                f"after the sync to version {call.version}"
+            )
+
+
+def _chosen(program: RankProgram, call: SyncCall) -> Iterable[Block]:
+    if call.checks != "false":
+        return program.blocks
+    return program.blocks_of_turn(call.turn % NUM_TURNS)
+
+
+def _digest(block: Block, tensors: Mapping[str, torch.Tensor]) -> int:
+    import torch
+
+    region = tensors[block.part.local_name][block.part.slices]
+    return compute_digest(region.to(getattr(torch, block.dtype)))
+
+
+def _checked_tensors(context: WorkerContext, call: SyncCall) -> Mapping[str, torch.Tensor]:
+    """The live tensors; an error where one is not as described, or as when that was."""
+    programs, tensors, label = _programs(context, call.key), _live_tensors(context), _label(context)
+    for name, described in programs.of(call).described.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise SyncError(f"{label} no longer has {name} ({described.key})")
+        is_large = tensor.dim() == len(described.least_shape) and all(
+            have >= need for have, need in zip(tensor.shape, described.least_shape, strict=True)
+        )
+        if not is_large or str(tensor.dtype) != f"torch.{described.dtype}":
+            raise SyncError(
+                f"{label} described {name} ({described.key}) as {described.dtype} of at least "
+                f"{described.least_shape}, but has {tensor.dtype} of {tuple(tensor.shape)}"
+            )
+        if tuple(tensor.shape) != programs.shapes.get(name):
+            raise SyncError(
+                f"{label} had {name} ({described.key}) with the shape {programs.shapes.get(name)} "
+                f"when the sync was prepared, but has {tuple(tensor.shape)} now"
+            )
+    return tensors
+
+
+def _live_tensors(context: WorkerContext) -> Mapping[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in context.module.weight_tensors().items()}
+
+
+def _targets(
+    context: WorkerContext, key: str, live: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    return context.keep(("sync shadow", key), lambda: Shadow(live)).tensors
+
+
+def _programs(context: WorkerContext, key: str) -> Programs:
+    return context.keep(("sync programs", key), _missing_programs)
+
+
+def _share(
+    context: WorkerContext, key: str, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, TensorHandle] | None:
+    shared = context.keep(("sync shared", key), SharedTensors)
+    programs = _programs(context, key)
+    return shared.share(
+        tensors, reserved_bytes=programs.reserved_bytes, timeout_s=context.timeout_s
+    )
+
+
+def _open(context: WorkerContext, key: str, offer: Offer) -> Mapping[str, torch.Tensor]:
+    if offer.lent:
+        return offer.lent
+    opened = context.keep(("sync opened", key), OpenedTensors)
+    return opened.open(offer.index, offer.handles, context.device)
+
+
+def _missing_channel() -> Channel:
     raise SyncError("the sync channel is not open: prepare the synchronizer first")
 
 
-def _point_to_point(channel: Any) -> Any:
-    """The channel's group, whose raw send and recv torch leaves out of its type stubs."""
-    return channel.group
+def _missing_programs() -> Programs:
+    raise SyncError("this rank has no part in the sync: prepare the synchronizer first")
 
 
-def _pack(message: Message, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _device_id(device: torch.device) -> str:
     import torch
 
-    parts = [
-        tensors[t.source.local_name][t.source.local_slices(t.box)].reshape(-1)
-        for t in message.transfers
-    ]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0].clone()).cpu().contiguous()
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _empty_buffer(message: Message) -> torch.Tensor:
-    import torch
-
-    size = sum(transfer.box.num_elements for transfer in message.transfers)
-    return torch.empty(size, dtype=getattr(torch, message.transfers[0].source.dtype))
-
-
-def _unpack(
-    message: Message,
-    tensors: Mapping[str, torch.Tensor],
-    buffer: torch.Tensor,
-    label: str,
-    is_check: bool,
-) -> None:
-    import torch
-
-    start = 0
-    for transfer in message.transfers:
-        size = transfer.box.num_elements
-        part = buffer[start : start + size]
-        start += size
-        target = tensors[transfer.destination.local_name]
-        slices = transfer.destination.local_slices(transfer.box)
-        region = target[slices]
-        part = part.view(region.shape).to(target.dtype).to(target.device)
-        if not is_check:
-            with torch.no_grad():
-                region.copy_(part)
-        elif not torch.equal(region, part):
-            raise SyncError(
-                f"{transfer.destination.key} differs after the sync on {label}, parameter "
-                f"{transfer.destination.local_name}, slice {slices}"
-            )
+def _label(context: WorkerContext) -> str:
+    return f"{context.model_name}.r{context.replica}.{context.rank}"

@@ -1,6 +1,6 @@
 """MegatronModule: a module whose model is a Megatron-Core network, sharded as the config says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,11 +13,11 @@ from chatlearn.models.plain_weights import HUGGINGFACE
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
 from megatron_adapters.batches import PaddedBatch, Rows, check_token_ids, pad_micro_batches
-from megatron_adapters.layout_problems import find_layout_problems
 from megatron_adapters.layer_specs import (
     has_transformer_engine,
     is_transformer_engine_installed,
 )
+from megatron_adapters.layout_problems import find_layout_problems
 from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import MegatronSettings, build_settings
 from megatron_adapters.parallel_state import (
@@ -29,7 +29,11 @@ from megatron_adapters.training import TrainingState, build_training_state
 from megatron_adapters.weights import describe_layout
 from megatron_adapters.weights.architecture import Head
 from megatron_adapters.weights.huggingface import huggingface_renaming
-from megatron_adapters.weights.live_description import describe_weights, weight_tensors
+from megatron_adapters.weights.live_description import (
+    describe_weights,
+    frozen_names,
+    weight_tensors,
+)
 
 if TYPE_CHECKING:
     from chatlearn.config import ModelConfig
@@ -170,6 +174,10 @@ class MegatronModule(BaseModule):
     def weight_tensors(self) -> Mapping[str, torch.Tensor]:
         """This rank's weights."""
         return weight_tensors(self.model)
+
+    def frozen_weights(self) -> Collection[str]:
+        """Parameters of a trained model that get no gradient."""
+        return frozen_names(self.model) if self.is_trained else ()
 
     def save_checkpoint(self, iteration: int) -> None:
         """Write the model in Megatron's distributed format; every rank takes part."""

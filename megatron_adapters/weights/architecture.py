@@ -3,9 +3,9 @@
 Defaults are those of `megatron_adapters.model_config`, then Megatron-Core's own (0.16.1).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from chatlearn.config.expert_layers import find_expert_layers
 from chatlearn.config.model_fields import MODEL_FIELDS

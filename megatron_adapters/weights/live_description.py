@@ -14,7 +14,7 @@ from chatlearn.errors import ChatLearnError
 from chatlearn.parallel.sharding import Box, TensorShard
 from megatron_adapters.model_building import unwrap
 
-__all__ = ["describe_weights", "weight_tensors"]
+__all__ = ["describe_weights", "frozen_names", "weight_tensors"]
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -30,6 +30,16 @@ def weight_tensors(chunks: Sequence[Any]) -> dict[str, torch.Tensor]:
         for number, chunk in enumerate(chunks)
         for name, tensor in _saved_tensors(unwrap(chunk)).items()
     }
+
+
+def frozen_names(chunks: Sequence[Any]) -> tuple[str, ...]:
+    """Local names of the parameters that get no gradient."""
+    return tuple(
+        f"{number}.{name}"
+        for number, chunk in enumerate(chunks)
+        for name, parameter in unwrap(chunk).named_parameters()
+        if not parameter.requires_grad
+    )
 
 
 def describe_weights(chunks: Sequence[Any], vocab_size: int) -> tuple[TensorShard, ...]:

@@ -128,7 +128,10 @@ def _print_summary(summary: Mapping[str, Any], result: RunResult) -> None:
     lines = [
         "",
         f"Warm start: {exact_match:.1%} right, {share:.1%} right or carry-free.",
-        *(f"WARNING: the warm start: {line}" for line in find_warm_start_faults(exact_match, share)),
+        *(
+            f"WARNING: the warm start: {line}"
+            for line in find_warm_start_faults(exact_match, share)
+        ),
         f"Held-out exact match, sampled at temperature 1, {summary['num_held_out']} problems:",
         f"  before {summary['exact_match_before']:.1%}   after {summary['exact_match_after']:.1%}",
         "",

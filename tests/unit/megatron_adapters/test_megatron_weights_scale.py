@@ -2,45 +2,21 @@
 
 import time
 from math import prod
+from pathlib import Path
 
 import pytest
+import yaml
 
 from chatlearn.parallel.layout import ParallelLayout
 from megatron_adapters.weights import describe_layout
 
-DEEPSEEK_V3 = {
-    "num_layers": 61,
-    "hidden_size": 7168,
-    "num_attention_heads": 128,
-    "vocab_size": 129280,
-    "max_sequence_length": 4096,
-    "ffn_hidden_size": 18432,
-    "multi_latent_attention": True,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_head_dim": 128,
-    "qk_pos_emb_head_dim": 64,
-    "v_head_dim": 128,
-    "qk_layernorm": True,
-    "num_moe_experts": 256,
-    "moe_ffn_hidden_size": 2048,
-    "moe_shared_expert_intermediate_size": 2048,
-    "moe_layer_freq": [0] * 3 + [1] * 58,
-    "moe_router_enable_expert_bias": True,
-    "bf16": True,
-}
+MODELS = Path(__file__).resolve().parents[3] / "configs" / "models"
+DEEPSEEK_V3 = yaml.safe_load((MODELS / "deepseek_v3.yaml").read_text())
 UNEVEN = {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 2}
 LLAMA_405B = {
-    "num_layers": 126,
-    "hidden_size": 16384,
-    "num_attention_heads": 128,
-    "num_query_groups": 8,
-    "ffn_hidden_size": 53248,
-    "vocab_size": 128256,
-    "max_sequence_length": 4096,
+    **yaml.safe_load((MODELS / "llama_405b.yaml").read_text()),
     "num_layers_in_first_pipeline_stage": 7,
     "num_layers_in_last_pipeline_stage": 7,
-    "bf16": True,
 }
 TRAINING = ParallelLayout(tp_size=8, pp_size=16, dp_size=16, ep_size=64, etp_size=1)
 SERVING = ParallelLayout(tp_size=8, dp_size=4, ep_size=32, etp_size=1)

@@ -1,0 +1,113 @@
+"""What the calls of a sync say, and what a rank keeps from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from chatlearn.sync.programs import RankProgram
+from chatlearn.sync.shared_memory import TensorHandle
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Early", "Offer", "Programs", "Shadow", "SyncCall"]
+
+
+@dataclass(frozen=True)
+class SyncCall:
+    """One sync, as every rank is told.
+
+    Attributes:
+        key: of the sync; names what is kept in each context.
+        version: number of the weights.
+        is_full: all tensors; else those that training changes.
+        is_double: receive beside the weights that are served.
+        checks: `false`: digests of the blocks whose turn it is; `digest`: of all blocks; `full`:
+            those and a second pass that compares every element.
+        turn: how many syncs have succeeded: decides whose turn it is.
+        is_check: this is that second pass.
+    """
+
+    key: str
+    version: int
+    is_full: bool = True
+    is_double: bool = False
+    checks: str = "false"
+    turn: int = 0
+    is_check: bool = False
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one rank has to give in this sync.
+
+    Attributes:
+        index: its endpoint.
+        label: how messages name it.
+        version: of the weights.
+        handles: tensors that other processes may open.
+        lent: tensors for models of the same process.
+        digests: by number of the block.
+    """
+
+    index: int
+    label: str
+    version: int
+    handles: Mapping[str, TensorHandle]
+    lent: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+    digests: Mapping[int, int] = field(default_factory=dict[int, int])
+
+
+class Programs:
+    """This rank's programs, and its tensors' shapes at the time; a resource of its context."""
+
+    def __init__(
+        self,
+        full: RankProgram,
+        trained: RankProgram | None,
+        reserved_bytes: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.full = full
+        self.trained = trained
+        self.reserved_bytes = reserved_bytes
+        self.shapes = shapes
+
+    def of(self, call: SyncCall) -> RankProgram:
+        """What this rank does in a sync."""
+        return self.full if call.is_full or self.trained is None else self.trained
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Early:
+    """What `pull_early` copied, and by which handles; a resource of the context."""
+
+    def __init__(self) -> None:
+        self.call: SyncCall | None = None
+        self.handles: dict[int, Mapping[str, TensorHandle]] = {}
+
+    def has(self, call: SyncCall, offer: Offer) -> bool:
+        """Whether the tensors of an offer were copied in this sync already."""
+        return self.call == call and self.handles.get(offer.index) == offer.handles
+
+    def close(self) -> None:
+        """Forget it."""
+        self.call = None
+        self.handles = {}
+
+
+class Shadow:
+    """A second copy of the weights, in the mode `double`; a resource of the context."""
+
+    def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
+        import torch
+
+        self.tensors = {name: torch.empty_like(tensor) for name, tensor in live.items()}
+
+    def close(self) -> None:
+        """Forget it."""
+        self.tensors.clear()

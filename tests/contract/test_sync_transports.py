@@ -1,0 +1,223 @@
+"""What every transport of a weight sync does the same way."""
+
+from __future__ import annotations
+
+import pytest
+import sync_cases as cases
+
+from chatlearn.errors import SyncError, WorkerError
+from chatlearn.runtime.local_backend import LocalBackend
+from chatlearn.runtime.ray_backend import RayBackend
+
+# By transport: the setting, and the nodes that trainer's ranks and samplers claim to be on.
+PLACES = {
+    "local": ("auto", {}),
+    "shared_memory": ("auto", {"trainer": "aa", "sampler": "aaa"}),
+    "channel": ("collective", {"trainer": "aa", "sampler": "aaa"}),
+    "mixed": ("auto", {"trainer": "aa", "sampler": "abb"}),
+}
+IN_WORKERS = [name for name in PLACES if name != "local"]
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def sync_workers(_ray_head, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        _ray_head.enter(patch)
+        folder = tmp_path_factory.mktemp("workers")
+        pair = cases.Pair(RayBackend(folder), folder, num_sources=2, num_destinations=3)
+        yield pair
+        pair.close()
+
+
+@pytest.fixture(params=PLACES)
+def transport(request):
+    return request.param
+
+
+@pytest.fixture
+def pair(request, tmp_path, transport):
+    setting, nodes = PLACES[transport]
+    if not nodes:
+        pair = cases.Pair(LocalBackend(), tmp_path, 1, 1)
+        yield pair
+        pair.close()
+        return
+    pair = request.getfixturevalue("sync_workers")
+    pair.transport = setting
+    for name, places in nodes.items():
+        pair.call(name, cases.blank)
+        for index, node in enumerate(places):
+            pair.call_one(name, index, cases.set_node, node)
+    yield pair
+
+
+@pytest.mark.parametrize("mode", ["in_place", "double"])
+def test_all_kinds_of_weights_arrive_bit_for_bit(pair, transport, mode):
+    synchronizer = pair.prepare(mode=mode)
+    for version in range(3):
+        pair.call("trainer", cases.write, version)
+        report = synchronizer.sync(version)
+        assert not any(pair.differing(version))
+        assert report.num_bytes == synchronizer.plan.num_bytes
+    crossing = {"channel": [True] * 3, "mixed": [False, True, True]}
+    found = [*pair.call("sampler", cases.has_channel)]
+    assert found == crossing.get(transport, [False] * len(found))
+
+
+@pytest.mark.parametrize("mode", ["in_place", "double"])
+def test_weights_that_became_new_tensors_are_noticed(pair, mode):
+    synchronizer = pair.prepare(mode=mode)
+    for version in range(6):
+        pair.call("trainer", cases.write, version, version % 3 > 0)
+        synchronizer.sync(version)
+        assert not any(pair.differing(version))
+
+
+@pytest.mark.parametrize("mode", ["in_place", "double"])
+def test_frozen_weights_move_once_and_stay_checked(pair, mode):
+    pair.call("trainer", cases.freeze)
+    synchronizer = pair.prepare(mode=mode, checks="digest")
+    trained = [name for name in cases.KINDS if name != "fixed"]
+    pair.call("trainer", cases.write, 0)
+    assert synchronizer.sync(0).num_bytes == synchronizer.plan.num_bytes
+    pair.call("trainer", cases.write, 1, False, trained)
+    frozen_bytes = 4 * 4 * 4 * len(pair.groups["sampler"])
+    assert synchronizer.sync(1).num_bytes == synchronizer.plan.num_bytes - frozen_bytes
+    assert {name for names in pair.differing(1) for name in names} == {"fixed"}
+    pair.call_one("sampler", 0, cases.spoil_element, "fixed")
+    with pytest.raises(
+        WorkerError, match=r"fixed \(local fixed, slice \[0:4, 0:4\]\).* sampler.r0.0"
+    ):
+        synchronizer.sync(2)
+    assert synchronizer.sync(3).num_bytes == synchronizer.plan.num_bytes
+    pair.call("trainer", cases.write, 0, False, ["fixed"])
+    pair.call("trainer", cases.write, 1, False, trained)
+
+
+def sync_often(synchronizer, count):
+    """Every 64th version: what is checked when must not depend on their numbers."""
+    for number in range(count):
+        synchronizer.sync(64 * number)
+
+
+@pytest.mark.parametrize("mode", ["in_place", "double"])
+@pytest.mark.parametrize(("checks", "most"), [("false", 64), ("digest", 1), ("full", 1)])
+def test_an_element_that_got_lost_is_found_by_name(pair, mode, checks, most):
+    last = len(pair.groups["sampler"]) - 1
+    pair.call_one("sampler", last, cases.overlap)
+    synchronizer = pair.prepare(mode=mode, checks=checks, bucket_bytes=1 << 16)
+    pair.call("trainer", cases.write, 0)
+    # Where the sampler passes weights on to another one, that one may be the first to find it.
+    where = r"flat_[ab] \(local flat_[ab], slice \[0:.* differs on sampler.r\d.0"
+    with pytest.raises(WorkerError, match=where) as caught:
+        sync_often(synchronizer, most)
+    assert caught.value.model_name == "sampler"
+    with pytest.raises(WorkerError, match="SyncError: .*trainer -> sampler to version"):
+        pair.call_one("sampler", last, cases.serve)
+    pair.call_one("sampler", last, cases.blank)
+    synchronizer.sync(1000)
+    assert not any(pair.differing(0))
+    assert pair.call_one("sampler", last, cases.serve) == cases.value_of("scalar", 0).item()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"global_shape": (1201, 40)}, "leave a hole|has the shape|disagree"),
+        ({"dtype": "complex64"}, "complex64, which a sync cannot move"),
+    ],
+)
+def test_a_description_that_cannot_be_names_tensor_and_ranks(pair, fields, told):
+    pair.call("trainer", cases.tell, "large", fields)
+    with pytest.raises(SyncError, match=told) as caught:
+        pair.prepare()
+    assert "large" in str(caught.value)
+    assert "trainer.r0.0" in str(caught.value)
+
+
+def test_a_description_by_one_rank_alone_names_the_ranks(sync_workers):
+    sync_workers.call("trainer", cases.blank)
+    sync_workers.call_one("trainer", 1, cases.tell, "halved", {"dtype": "bfloat16"})
+    with pytest.raises(
+        SyncError, match="halved: its ranks .*trainer.r0.0, trainer.r0.1.* disagree"
+    ):
+        sync_workers.prepare()
+
+
+def test_a_dtype_told_wrongly_is_found_in_the_first_sync(pair):
+    pair.call("trainer", cases.tell, "halved", {"dtype": "bfloat16"})
+    synchronizer = pair.prepare()
+    with pytest.raises(WorkerError, match=r"trainer.r0.\d described halved .*has torch.float16"):
+        synchronizer.sync(0)
+
+
+@pytest.mark.parametrize("model_name", ["trainer", "sampler"])
+@pytest.mark.parametrize("num_rows", [1199, 1201])
+def test_a_weight_that_changes_its_shape_is_found_by_name(pair, model_name, num_rows):
+    synchronizer = pair.prepare()
+    synchronizer.sync(0)
+    pair.call_one(model_name, 0, cases.resize, "large", (num_rows, 40))
+    with pytest.raises(WorkerError, match=rf"{model_name}.r0.0 .*large .*{num_rows}"):
+        synchronizer.sync(1)
+    pair.call_one(model_name, 0, cases.resize, "large", (1200, 40))
+    pair.call("trainer", cases.write, 2)
+    synchronizer.sync(2)
+    assert not any(pair.differing(2))
+
+
+def measure(pair):
+    return [found for name in pair.groups for found in pair.call(name, cases.measure)]
+
+
+def check_nothing_leaked(pair, before):
+    for old, new in zip(before, measure(pair), strict=True):
+        assert new["bytes"] - old["bytes"] < 5 * MIB
+        for what in ("files", "threads", "children"):
+            assert new[what] <= old[what], (what, old, new)
+    assert cases.shared_files([n for name in pair.groups for n in pair.processes(name)]) == []
+
+
+@pytest.mark.parametrize("transport", IN_WORKERS, indirect=True)
+def test_nothing_leaks_in_seventy_syncs(pair):
+    def sync_in_both_modes(count):
+        for mode in ("in_place", "double"):
+            synchronizer = pair.prepare(mode=mode, bucket_bytes=1 << 14)
+            for version in range(count):
+                pair.call("trainer", cases.write, version, version % 2 > 0)
+                synchronizer.sync(version)
+
+    sync_in_both_modes(3)
+    before = measure(pair)
+    sync_in_both_modes(35)
+    check_nothing_leaked(pair, before)
+
+
+@pytest.mark.parametrize("transport", ["channel", "mixed"], indirect=True)
+def test_nothing_leaks_in_syncs_that_fail(pair):
+    synchronizer = pair.prepare(bucket_bytes=1 << 14)
+
+    def fail_often(count):
+        for version in range(count):
+            pair.call_one("sampler", 0, cases.resize, "large", (1199, 40))
+            with pytest.raises(WorkerError, match=r"sampler.r0.0 .*large"):
+                synchronizer.sync(version)
+            pair.call_one("sampler", 0, cases.resize, "large", (1200, 40))
+            synchronizer.sync(version)
+
+    fail_often(1)
+    before = measure(pair)
+    fail_often(3)
+    check_nothing_leaked(pair, before)
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "mixed"], indirect=True)
+def test_without_shared_memory_weights_take_the_channel(pair, transport):
+    pair.call("trainer", cases.reserve_all_memory)
+    pair.call("sampler", cases.reserve_all_memory)
+    synchronizer = pair.prepare()
+    for version in range(2):
+        pair.call("trainer", cases.write, version)
+        synchronizer.sync(version)
+        assert not any(pair.differing(version))
+    assert pair.call("sampler", cases.has_channel) == [True] * 3
