@@ -33,6 +33,13 @@ def find_layout_problems(
             f"training experts with tensor_model_parallel_size={layout.tp_size} needs "
             "sequence_parallel: true"
         )
+    etp_size = layout.tp_size if layout.etp_size is None else layout.etp_size
+    if is_trained and has_experts and layout.ep_size == 1 and etp_size != layout.tp_size:
+        # Megatron-Core 0.16.1 takes them for dense weights, and leaves their gradients apart.
+        problems.append(
+            f"experts of expert_tensor_parallel_size={etp_size} beside tensor_model_parallel_size="
+            f"{layout.tp_size} are trained right only with expert_model_parallel_size > 1"
+        )
     if fields.get("num_layers") is not None:
         try:
             split_layers(fields, layout)

@@ -80,9 +80,10 @@ MOE = {
 }
 
 
-@pytest.mark.parametrize(
-    "fields", [{"expert_model_parallel_size": 2}, PP2, {**SP, "expert_tensor_parallel_size": 1}]
-)
+EP2 = {"expert_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize("fields", [EP2, PP2, {**SP, **EP2, "expert_tensor_parallel_size": 1}])
 def test_experts_are_the_same_in_every_layout(ranks, fields):
     reference = ranks.run(1, cases.train_supervised, MOE)[0]
     for steps in ranks.run(2, cases.train_supervised, {**fields, **MOE}):
