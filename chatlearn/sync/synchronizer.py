@@ -92,6 +92,10 @@ class _Ready:
     programs: tuple[RankProgram, ...]
     trained_programs: tuple[RankProgram, ...]
 
+    def plan_of(self, call: SyncCall) -> SyncPlan:
+        """The plan that a sync follows."""
+        return self.full if call.is_full or self.trained is None else self.trained
+
 
 class WeightSynchronizer:
     """Moves the weights of one model to every replica of another.
@@ -139,7 +143,7 @@ class WeightSynchronizer:
         sources, destinations = endpoints[: self._num_sources], endpoints[self._num_sources :]
         size = self._settings.bucket_bytes
         full = plan_sync(sources, destinations, size)
-        self._check_complete(full)
+        _check_complete(full, self._key, self._namings)
         trained: SyncPlan | None = None
         if any(endpoint.frozen for endpoint in sources):
             trained = plan_sync(sources, destinations, size, skip_frozen=True)
@@ -189,7 +193,9 @@ class WeightSynchronizer:
                 self._move(check, self._offer_own(check, deadline), deadline)
             if call.is_double:
                 is_served = True
-                self._commit(call, deadline)
+                takers = range(self._num_sources, self._ranks.count)
+                purpose = "switch to them"
+                self._ranks.run(commit_weights, takers, deadline, purpose, lambda _: (call,))
         except BaseException:
             self._is_channel_open = False
             if is_served:
@@ -199,7 +205,7 @@ class WeightSynchronizer:
             raise
         self._must_be_full = False
         self._turn += 1
-        return SyncReport(start_s, time.time(), self._plan_of(call).num_bytes)
+        return SyncReport(start_s, time.time(), self._prepared.plan_of(call).num_bytes)
 
     def close(self) -> None:
         """Forget the plan; what workers keep ends with them."""
@@ -210,10 +216,6 @@ class WeightSynchronizer:
         if self._ready is None:
             raise SyncError(f"the sync {self._key} has not been prepared")
         return self._ready
-
-    def _plan_of(self, call: SyncCall) -> SyncPlan:
-        ready = self._prepared
-        return ready.full if call.is_full or ready.trained is None else ready.trained
 
     def _start_early(self, call: SyncCall) -> dict[int, PendingCall]:
         """Let destinations copy while the sources prepare their offers, where that is safe."""
@@ -246,10 +248,6 @@ class WeightSynchronizer:
             pull_weights, takers, deadline, "take weights", lambda at: (call, wanted[at])
         )
 
-    def _commit(self, call: SyncCall, deadline: float) -> None:
-        takers = range(self._num_sources, self._ranks.count)
-        self._ranks.run(commit_weights, takers, deadline, "switch to them", lambda _: (call,))
-
     def _offer_own(self, call: SyncCall, deadline: float) -> dict[int, Offer]:
         return self._offer(call, range(self._num_sources), deadline)
 
@@ -281,15 +279,6 @@ class WeightSynchronizer:
             lambda at: (source if at < self._num_sources else destination,),
         )
         return [found[at] for at in range(self._ranks.count)]
-
-    def _check_complete(self, plan: SyncPlan) -> None:
-        """Between two namings a tensor that is left out would leave wrong values in silence."""
-        if self._namings[0] != self._namings[1] and plan.unused_keys:
-            raise SyncError(
-                f"weight sync {self._key}: the destination has no place for "
-                f"{', '.join(plan.unused_keys[:6])}: both models need the same architecture (tied "
-                "or untied embeddings, biases)"
-            )
 
     def _choose_transports(self, plan: SyncPlan) -> Callable[[Hop], bool]:
         """Whether a hop goes over the channel: across nodes, or where nothing can be shared."""
@@ -356,3 +345,13 @@ class WeightSynchronizer:
             _RANK_SHARE * self._settings.timeout_s,
         )
         self._ranks.run(open_channel, members, deadline, "open a channel", lambda at: (address, at))
+
+
+def _check_complete(plan: SyncPlan, key: str, namings: tuple[str, str]) -> None:
+    """Between two namings a tensor that is left out would leave wrong values in silence."""
+    if namings[0] != namings[1] and plan.unused_keys:
+        raise SyncError(
+            f"weight sync {key}: the destination has no place for "
+            f"{', '.join(plan.unused_keys[:6])}: both models need the same architecture (tied "
+            "or untied embeddings, biases)"
+        )
