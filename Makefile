@@ -7,7 +7,7 @@ TORCH_CPU ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs clean
+.PHONY: help setup demo test check bench format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,11 @@ check: setup ## Lint, types, layers
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/pyright
+
+bench: setup ## Run the benchmarks of scripts/bench/ one by one, alone on the machine (ARGS)
+	@for file in $$(grep -l '^if __name__ == "__main__":' scripts/bench/*.py 2>/dev/null); do \
+		echo "== $$file"; $(BIN)/python -m "scripts.bench.$$(basename "$$file" .py)" $(ARGS) || exit $$?; \
+	done
 
 format: setup ## Format and fix what ruff can fix
 	@$(BIN)/ruff format .

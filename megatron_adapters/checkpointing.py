@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Saves and loads models in Megatron's distributed format, which loads at another layout."""
 
 from collections.abc import Sequence

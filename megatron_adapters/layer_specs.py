@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Which modules a layer is made of: Transformer Engine's where it can run, else our own."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Builds the model chunks of this rank, with a language or a scalar head."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Megatron's global parallel state: set up from a layout, read back as a layout; only here."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Runs micro-batches through Megatron's pipeline schedules, forward only or with gradients."""
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """One optimizer step on one global batch, the same for every layout."""
 
 from collections.abc import Callable, Sequence

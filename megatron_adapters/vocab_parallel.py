@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Log-probability and entropy of tokens from logits that are split over the vocabulary.
 
 The vocabulary is never gathered: three all-reduces of one number per token do it. The gradient is

@@ -8,6 +8,7 @@ from chatlearn.config import Config
 from chatlearn.config.chatlearn_keys import UNSUPPORTED
 from chatlearn.config.megatron_fields import MEGATRON_FIELDS
 from chatlearn.config.model_fields import MODEL_FIELDS
+from chatlearn.config.refused_fields import REFUSED_FIELDS, REFUSED_PREFIXES, why_refused
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 COMMAND = "python scripts/generate_config_docs.py"
@@ -52,7 +53,8 @@ runtime:
   are an error that shows the sum. All problems of a file are listed at once, before anything
   starts, and the exit code is 2.
 - `chatlearn check FILE` also prints the graphs, the placement and the weight syncs without starting
-  anything; `--assume-devices N` plans for N GPUs that need not be there.
+  anything, and which files are not there; `--assume-devices N` plans for N GPUs that need not be
+  there. `chatlearn train FILE` is refused where a file is missing.
 """
 MEGATRON = """\
 ### Megatron's fields
@@ -65,6 +67,12 @@ give, {count} in all; `chatlearn/config/megatron_fields.py` lists them. A Megatr
 `num_layers`, `hidden_size`, `num_attention_heads`, `vocab_size` and `max_sequence_length`.
 
 These stand there too, and are no fields of those classes:
+"""
+REFUSED_TEXT = """\
+### Megatron's fields that are refused
+
+Nothing here would act on these {count} fields, so a model that sets one is refused by name;
+switched off (null, false, 0) they may stay. A name that ends in `*` stands for all that begin so.
 """
 UNSUPPORTED_TEXT = """\
 ## Keys of ChatLearn that are refused
@@ -91,7 +99,7 @@ def render() -> str:
         text = f"## {title}\n\n{definition['description']}\n"
         parts += [text, _table(("key", "type", "default", "meaning"), rows)]
         if name == "ModelConfig":
-            parts += [_megatron_text(), _model_field_table()]
+            parts += [_megatron_text(), _model_field_table(), *_refused_fields()]
     refused = [
         (f"`{_path(section)}{key}`", remedy.replace("<", "&lt;"))
         for section, keys in UNSUPPORTED.items()
@@ -143,6 +151,14 @@ def _megatron_text() -> str:
     classes = ", ".join(names[:-1]) + f" and {names[-1]}"
     count = len({field for fields in MEGATRON_FIELDS.values() for field in fields})
     return MEGATRON.format(classes=classes, count=count)
+
+
+def _refused_fields() -> tuple[str, str]:
+    names = {name for group in MEGATRON_FIELDS.values() for name in group}
+    rows = {f"`{name}`": remedy for name, remedy in REFUSED_FIELDS.items()}
+    rows |= {f"`{prefix}*`": remedy for prefix, remedy in REFUSED_PREFIXES.items()}
+    count = sum(why_refused(name) is not None for name in names)
+    return REFUSED_TEXT.format(count=count), _table(("key", "instead"), sorted(rows.items()))
 
 
 def _model_field_table() -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 import warnings
 from pathlib import Path
+from typing import Any
 
 TARGET = Path(__file__).resolve().parent.parent / "chatlearn" / "config" / "megatron_fields.py"
 HEADER = '''"""Megatron-Core's own field names, by the class they belong to.
@@ -18,7 +19,7 @@ MEGATRON_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {{
 '''
 
 
-def kinds(annotation: object) -> tuple[str, ...]:
+def kinds(annotation: Any) -> tuple[str, ...]:
     """The YAML kinds that a field's annotation admits; empty for callables and the like."""
     if annotation in (bool, int, float, str):
         return (annotation.__name__,)

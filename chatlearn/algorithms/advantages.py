@@ -1,6 +1,7 @@
 """Advantages: generalised advantage estimation, group advantages, whitening."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -93,7 +94,8 @@ def compute_group_advantages(
         raise ValueError(
             f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} are both [batch]"
         )
-    _, inverse, counts = groups.unique(return_inverse=True, return_counts=True)
+    found = cast("Any", groups).unique(return_inverse=True, return_counts=True)
+    inverse, counts = cast("torch.Tensor", found[1]), cast("torch.Tensor", found[2])
     size = counts.to(rewards.dtype)[inverse]
     zeros = torch.zeros(counts.shape[0], dtype=rewards.dtype)
     mean = zeros.index_add(0, inverse, rewards)[inverse] / size

@@ -27,7 +27,7 @@ def explained_variance_sums(
 
 def explained_variance_from_sums(sums: torch.Tensor) -> float:
     """1 - Var[returns - values] / Var[returns]; 0 where the returns do not vary."""
-    count, total, squares, error, error_squares = sums.tolist()
+    count, total, squares, error, error_squares = map(float, sums)
     if count < 2:
         return 0.0
     variance = squares / count - (total / count) ** 2

@@ -113,6 +113,7 @@ def read_run_state(checkpoint: Path) -> RunState:
     path = checkpoint / _STATE_FILE
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return RunState(**{**content, "positions": tuple(content["positions"])})
+        content["positions"] = tuple(content["positions"])
+        return RunState(**content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import astuple
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,8 @@ def print_plan(
     kind = "GPUs" if placement.device_kind == "gpu" else "logical devices"
     title = f"placement on {placement.num_nodes} x {placement.devices_per_node} {kind}"
     header = ("group", "model", "replica", "ranks", "node:device")
-    print_table(console, title, header, describe_placement(placement))
+    rows = [tuple(map(str, astuple(row))) for row in describe_placement(placement)]
+    print_table(console, title, header, rows)
     header = ("node", "devices", "models")
     print_table(console, "devices", header, _device_rows(placement))
     _print_syncs(console, plan, config)
@@ -68,8 +70,8 @@ def print_plan(
 
 def _graph_rows(graph: FlowGraph) -> list[tuple[str, ...]]:
     return [
-        (*row, _shorten(node.line))
-        for row, node in zip(describe_graph(graph), graph.nodes, strict=True)
+        (c.call, c.inputs, c.waits_for, "yes" if c.is_returned else "", _shorten(node.line))
+        for c, node in zip(describe_graph(graph), graph.nodes, strict=True)
     ]
 
 
@@ -91,14 +93,14 @@ def _model_row(request: ModelRequest, module: BaseModule, config: Config) -> tup
     return (request.model_name, path, *map(str, counts), where, size)
 
 
-def _device_rows(placement: PlacementPlan) -> list[tuple[str, str, str]]:
+def _device_rows(placement: PlacementPlan) -> list[tuple[str, ...]]:
     """Which models stand on which devices; devices side by side with the same models in one."""
     on: dict[tuple[int, int], list[str]] = {}
     for place in placement.places:
         if place.slot is not None:
             names = on.setdefault((place.slot.node, place.slot.device), [])
             names.append(place.model_name)
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     slots = sorted(on)
     # Devices side by side keep the same distance from their position in the list.
     runs = groupby(

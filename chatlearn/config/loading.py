@@ -62,7 +62,8 @@ def load_config(
     name = "the config" if isinstance(source, Mapping) else str(source)
     problems: list[str] = []
     # A section whose keys are all commented out reads as null.
-    content = {key: {} if value is None else value for key, value in content.items()}
+    empty: dict[str, Any] = {}
+    content = {key: empty if value is None else value for key, value in content.items()}
     content = _sort_model_fields(content, problems)
     _find_unknown(content, problems)
     config = None

@@ -28,7 +28,7 @@ def _build_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
-        key = loader.construct_object(key_node, deep=True)
+        key = cast("Any", loader).construct_object(key_node, deep=True)
         mark = key_node.start_mark
         if not isinstance(key, Hashable):
             raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key!r} is no plain value")
@@ -41,7 +41,9 @@ def _build_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _build_mapping)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
+    "tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")
+)
 
 
 def read_source(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def _parse(text: str, name: str) -> Any:
     except RecursionError as error:
         raise ConfigError(f"{name}: nested too deeply") from error
     finally:
-        loader.dispose()
+        cast("Any", loader).dispose()
 
 
 def _plain(value: Any) -> Any:
@@ -193,8 +195,8 @@ def _expand(value: Any, path: str) -> Any:
 
 
 def _variable(match: re.Match[str], path: str) -> str:
-    name, default = match.groups()
-    found: str | None = os.environ.get(name, default)
+    name, default = match[1], cast("str | None", match[2])
+    found = os.environ.get(name, default)
     if found is None:
         raise ConfigError(
             f"{path}: the environment variable {name} is not set; set it, or give a default: "

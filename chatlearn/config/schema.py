@@ -61,7 +61,10 @@ class _Section(BaseModel):
 
 
 class RuntimeEnvConfig(_Section):
-    """What Ray gives every worker process; passed on as Ray's `runtime_env`."""
+    """What Ray gives every worker process; passed on as Ray's `runtime_env`.
+
+    It holds in a cluster that is joined as in one of the run's own. Workers run in `working_dir`.
+    """
 
     pip: Texts = Field(default=(), description="Python packages to install in the workers")
     py_modules: Texts = Field(default=(), description="local packages to copy to the workers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["copy_tensor", "copy_value"]
 
@@ -22,20 +22,22 @@ def copy_value(value: Any) -> Any:
     import numpy as np
     import torch
 
-    kind = type(value)
+    kind = cast("type[Any]", type(value))
     if kind in _IMMUTABLE:
         return value
     if kind in (list, tuple):
-        return kind([v if type(v) in _IMMUTABLE else copy_value(v) for v in value])
+        build = cast("Any", kind)
+        return build([v if type(v) in _IMMUTABLE else copy_value(v) for v in value])
     if kind is dict:
         return {key: copy_value(each) for key, each in value.items()}
     if isinstance(value, torch.Tensor):
         return copy_tensor(value)
+    array: Any = value
     if isinstance(value, np.generic):
-        return value
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return value.copy()
-    return deepcopy(value)
+        return array
+    if isinstance(value, np.ndarray) and not array.dtype.hasobject:
+        return array.copy()
+    return deepcopy(array)
 
 
 def copy_tensor(tensor: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -44,5 +44,5 @@ def unpack_column(column: PackedColumn | list[Any]) -> list[Any]:
     import math
 
     sizes = [math.prod(shape) for shape in column.shapes]
-    parts = column.flat.split(sizes)
+    parts = cast("Any", column.flat).split(sizes)
     return [part.view(shape) for part, shape in zip(parts, column.shapes, strict=True)]

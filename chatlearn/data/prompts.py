@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from chatlearn.errors import DataError
 
@@ -59,7 +60,7 @@ def _read_json(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from error
     if not isinstance(content, list):
         raise DataError(f"{file}: expected a list of prompts, got {type(content).__name__}")
-    return [_as_row(entry) for entry in content]
+    return [_as_row(entry) for entry in cast("list[Any]", content)]
 
 
 def _read_csv(file: Path) -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ def _read_csv(file: Path) -> list[dict[str, Any]]:
 
 def _read_parquet(file: Path) -> list[dict[str, Any]]:
     try:
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
+        parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise DataError(
             f"prompt file {file}: Parquet needs pyarrow, which is not installed: "
@@ -88,4 +89,4 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _as_row(entry: Any) -> dict[str, Any]:
-    return dict(entry) if isinstance(entry, dict) else {"prompt": entry}
+    return dict(cast("dict[str, Any]", entry)) if isinstance(entry, dict) else {"prompt": entry}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.data.rows import RowId
 from chatlearn.errors import DataError
@@ -110,11 +110,13 @@ def _read_id(row: object) -> RowId | None:
         raise DataError(
             f"the sample manager gave a row of type {type(row).__name__}; expected a dict"
         )
-    row_id = row.get("row_id")
+    row_id: object = cast("Mapping[str, object]", row).get("row_id")
     if row_id is None:
         return None
-    if isinstance(row_id, tuple) and [type(part) for part in row_id] == [int, int]:
-        return RowId(*row_id)
+    if isinstance(row_id, tuple):
+        parts = cast("tuple[Any, ...]", row_id)
+        if [type(part) for part in parts] == [int, int]:
+            return RowId(*parts)
     raise DataError(
         f"the sample manager gave a row with row_id={row_id!r}; expected the row_id of a sample, a "
         "pair of integers, or none for a new row"

@@ -225,13 +225,15 @@ def is_same_content(one: Any, other: Any) -> bool:
         if isinstance(one, kind) or isinstance(other, kind):
             return isinstance(one, kind) and isinstance(other, kind) and is_equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(
-            is_same_content(one[key], other[key]) for key in one
+        left, right = cast("Mapping[Any, Any]", one), cast("Mapping[Any, Any]", other)
+        return left.keys() == right.keys() and all(
+            is_same_content(left[key], right[key]) for key in left
         )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if type(one) is not type(other) or len(one) != len(other):
+        entries, others = cast("Sequence[Any]", one), cast("Sequence[Any]", other)
+        if type(entries) is not type(others) or len(entries) != len(others):
             return False
-        return all(is_same_content(a, b) for a, b in zip(one, other, strict=True))
+        return all(is_same_content(a, b) for a, b in zip(entries, others, strict=True))
     return bool(one == other) or bool(one != one and other != other)
 
 
@@ -265,8 +267,8 @@ def _cut_column(value: Any, num_rows: int, what: str) -> list[Any]:
     is_scalar = not hasattr(value, "__len__") or getattr(value, "shape", None) == ()
     if is_scalar or isinstance(value, str | bytes | Mapping | Set):
         raise DataError(
-            f"{what} is a {type(value).__name__}; expected a tensor or a list with {num_rows} "
-            "entries, one per row"
+            f"{what} is a {type(cast('object', value)).__name__}; expected a tensor or a list "
+            f"with {num_rows} entries, one per row"
         )
     if len(value) != num_rows:
         raise DataError(f"{what} has {len(value)} entries; expected {num_rows}, one per row")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from chatlearn.errors import ConfigError, DataError
 from chatlearn.metrics.means import mean_of_numbers
@@ -97,6 +97,8 @@ class ParameterSync:
 def check_dataset(dataset: object, name: str) -> None:
     """Refuse what is not a non-empty sequence of prompts."""
     if isinstance(dataset, str | bytes | Mapping) or not hasattr(dataset, "__getitem__"):
-        raise DataError(f"{name}: expected a list of prompts, got {type(dataset).__name__}")
-    if not hasattr(dataset, "__len__") or len(dataset) == 0:  # type: ignore[arg-type]
+        raise DataError(
+            f"{name}: expected a list of prompts, got {type(cast('object', dataset)).__name__}"
+        )
+    if not isinstance(dataset, Sized) or len(dataset) == 0:
         raise DataError(f"{name} is empty: give at least one prompt")

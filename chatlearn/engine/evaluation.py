@@ -80,7 +80,8 @@ def _check_metrics(metrics: Any) -> dict[str, float]:
             "names to numbers"
         )
     try:
-        return {str(name): float(value) for name, value in metrics.items()}
+        named = cast("Mapping[Any, Any]", metrics)
+        return {str(name): float(value) for name, value in named.items()}
     except (TypeError, ValueError) as error:
         raise DataError(f"Evaluator.post_process: metrics must be numbers: {error}") from error
 

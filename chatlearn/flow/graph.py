@@ -6,7 +6,15 @@ from typing import Any
 
 from chatlearn.errors import FlowError
 
-__all__ = ["ROOT", "TRAIN_METHOD", "FlowGraph", "FlowNode", "describe_graph", "sort_nodes"]
+__all__ = [
+    "ROOT",
+    "TRAIN_METHOD",
+    "CallSummary",
+    "FlowGraph",
+    "FlowNode",
+    "describe_graph",
+    "sort_nodes",
+]
 
 ROOT = -1
 TRAIN_METHOD = "train_step"
@@ -125,8 +133,18 @@ def _trim_to_cycles(nodes: Sequence[FlowNode], left: Sequence[int]) -> list[int]
         kept = fewer
 
 
-def describe_graph(graph: FlowGraph) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: call, its inputs, what it waits for, and whether it is returned."""
+@dataclass(frozen=True)
+class CallSummary:
+    """One call of a flow in words: its inputs, and what else it waits for."""
+
+    call: str
+    inputs: str
+    waits_for: str
+    is_returned: bool
+
+
+def describe_graph(graph: FlowGraph) -> list[CallSummary]:
+    """The calls of a flow, in the order in which they were made."""
 
     def label(index: int) -> str:
         if index == ROOT:
@@ -134,11 +152,11 @@ def describe_graph(graph: FlowGraph) -> list[tuple[str, str, str, str]]:
         return f"{graph.nodes[index].model_name}.{graph.nodes[index].method_name}"
 
     return [
-        (
+        CallSummary(
             label(node.index),
             ", ".join(map(label, node.inputs)),
             ", ".join(map(label, node.after)),
-            "yes" if node.index in graph.outputs else "",
+            node.index in graph.outputs,
         )
         for node in graph.nodes
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -162,7 +162,9 @@ class Generator:
         return SampledTokens(token_ids, logprobs)
 
     def _append(self, sequences: Sequence[_Sequence], sampled: SampledTokens) -> None:
-        found = zip(sequences, sampled.token_ids.tolist(), sampled.logprobs.tolist(), strict=True)
+        token_ids = cast("list[int]", cast("Any", sampled.token_ids).tolist())
+        logprobs = cast("list[float]", cast("Any", sampled.logprobs).tolist())
+        found = zip(sequences, token_ids, logprobs, strict=True)
         for sequence, token_id, logprob in found:
             sequence.token_ids.append(token_id)
             sequence.logprobs.append(logprob)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,7 +55,7 @@ class TensorBoardWriter:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the scalars of one step."""
@@ -76,7 +77,7 @@ class WandbWriter:
 
     def __init__(self, project: str, name: str | None, folder: Path) -> None:
         try:
-            import wandb  # pyright: ignore[reportMissingImports]
+            wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise ConfigError(
                 "runtime.enable_wandb: wandb is not installed: pip install wandb, or set it to "

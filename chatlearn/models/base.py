@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from chatlearn.errors import ChatLearnError, FlowError, SyncError
 from chatlearn.models.plain_weights import (
@@ -125,7 +125,10 @@ class BaseModule:
 
         The default passes mappings through and turns anything else into `{"prompt": x}`.
         """
-        return [dict(p) if isinstance(p, Mapping) else {"prompt": p} for p in prompts]
+        return [
+            dict(cast("Mapping[str, Any]", p)) if isinstance(p, Mapping) else {"prompt": p}
+            for p in prompts
+        ]
 
     def save_checkpoint(self, iteration: int) -> None:
         """Save the model under `self.checkpoint_dir`; every rank calls it.

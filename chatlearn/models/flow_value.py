@@ -57,7 +57,8 @@ def find_flow_line() -> str:
 
 
 def _flow_frames() -> list[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
+    # Python's own way for this; `inspect` reads source files besides.
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
         frame = frame.f_back
     frames: list[FrameType] = []

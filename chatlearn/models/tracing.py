@@ -10,13 +10,13 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from chatlearn.errors import FlowError
 from chatlearn.models.flow_value import FlowRecorder, FlowValue, current_recorder, find_flow_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from chatlearn.models.base import BaseModule
 
@@ -103,7 +103,8 @@ class _Method:
         """The plain call."""
         if self.forwarding_class is None:
             return self.function(module, *args, **named)
-        return getattr(super(self.forwarding_class, module), self.name)(*args, **named)
+        owner = cast("Any", super(self.forwarding_class, module))
+        return getattr(owner, self.name)(*args, **named)
 
     def record(
         self,
@@ -171,7 +172,9 @@ def _wrap(method: _Method) -> Callable[..., Any]:
 def _hides_batch(value: object) -> bool:
     """Whether a batch lies somewhere inside a container."""
     if isinstance(value, Mapping):
-        return any(isinstance(v, FlowValue) or _hides_batch(v) for v in value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(isinstance(v, FlowValue) or _hides_batch(v) for v in value)
-    return False
+        entries = tuple(cast("Mapping[Any, Any]", value).values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        entries = tuple(cast("Iterable[Any]", value))
+    else:
+        return False
+    return any(isinstance(entry, FlowValue) or _hides_batch(entry) for entry in entries)

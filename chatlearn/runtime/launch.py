@@ -24,7 +24,7 @@ from chatlearn.runtime.meeting import NodeLink, NodesListener, listen
 from chatlearn.runtime.ray_node import RayNode, agree_on_token, start_child
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from chatlearn.config import Config
 
@@ -329,7 +329,7 @@ class _Follower:
 
 
 @contextmanager
-def signals_kept() -> Iterator[queue.SimpleQueue[int]]:
+def signals_kept() -> Generator[queue.SimpleQueue[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP instead of dying of them."""
     received: queue.SimpleQueue[int] = queue.SimpleQueue()
     if threading.current_thread() is not threading.main_thread():

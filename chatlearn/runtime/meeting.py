@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from chatlearn.errors import PlacementError
 
@@ -67,7 +67,7 @@ class _Line:
         message = json.loads(line)
         if not isinstance(message, dict):
             raise ValueError("a message that is no object")
-        return message
+        return cast("dict[str, Any]", message)
 
 
 class NodesListener:

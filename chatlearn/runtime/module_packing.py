@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from chatlearn.errors import ConfigError
 
@@ -15,10 +15,8 @@ def pack_module(model_name: str, module: Any) -> bytes:
     Raises:
         ConfigError: it cannot be pickled; names the model and the attribute.
     """
-    from ray import cloudpickle
-
     try:
-        return cloudpickle.dumps(module)
+        return _dumps(module)
     except Exception as error:  # noqa: BLE001 - pickling runs the user's code
         attribute = _find_attribute(module)
         where = f", because of its attribute {attribute!r}" if attribute else ""
@@ -30,11 +28,16 @@ def pack_module(model_name: str, module: Any) -> bytes:
 
 
 def _find_attribute(module: Any) -> str | None:
-    from ray import cloudpickle
-
-    for name, value in vars(module).items():
+    for name, value in cast("dict[str, Any]", vars(module)).items():
         try:
-            cloudpickle.dumps(value)
+            _dumps(value)
         except Exception:  # noqa: BLE001 - pickling runs the user's code
             return name
     return None
+
+
+def _dumps(value: object) -> bytes:
+    from ray import cloudpickle
+
+    pickler: Any = cloudpickle
+    return pickler.dumps(value)

@@ -18,6 +18,7 @@ __all__ = [
     "DeviceSlot",
     "ModelRequest",
     "PlacementPlan",
+    "ReplicaSummary",
     "WorkerPlace",
     "build_requests",
     "check_local_sizes",
@@ -161,9 +162,20 @@ def plan_placement(
     return PlacementPlan(tuple(places), groups, inventory.num_nodes, per_node, inventory.kind)
 
 
-def describe_placement(plan: PlacementPlan) -> list[tuple[str, str, str, str, str]]:
-    """Rows of a table: group, model, replica, ranks, devices."""
-    rows: list[tuple[str, str, str, str, str]] = []
+@dataclass(frozen=True)
+class ReplicaSummary:
+    """Where one replica stands, in words."""
+
+    group: int
+    model_name: str
+    replica: int
+    num_ranks: int
+    devices: str
+
+
+def describe_placement(plan: PlacementPlan) -> list[ReplicaSummary]:
+    """The replicas of a plan, by placement group."""
+    found: list[ReplicaSummary] = []
     keys = dict.fromkeys((p.group, p.model_name, p.replica) for p in plan.places)
     for group, name, replica in keys:
         own = [p for p in plan.places if (p.model_name, p.replica) == (name, replica)]
@@ -171,8 +183,8 @@ def describe_placement(plan: PlacementPlan) -> list[tuple[str, str, str, str, st
         shown = slots[0] if len(slots) == 1 else f"{slots[0]} .. {slots[-1]}" if slots else "CPU"
         share = own[0].share
         shared = f" (1/{round(1 / share)} each)" if slots and share < 1 else ""
-        rows.append((str(group), name, str(replica), str(len(own)), shown + shared))
-    return rows
+        found.append(ReplicaSummary(group, name, replica, len(own), shown + shared))
+    return found
 
 
 def _build_request(model: ModelConfig, name: str, is_trainable: bool) -> ModelRequest:

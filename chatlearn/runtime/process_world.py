@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Joins this process to the process world of its replica and describes it as a WorkerContext."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """The Ray backend: one actor per rank, in one placement group per colocation group."""
 
 from __future__ import annotations
@@ -226,17 +227,17 @@ class RayBackend:
         nodes = self._await(
             {actor: actor.handle.node.remote() for actor in self._actors}, timeout_s, "start"
         )
-        is_single_node = len({node_id for node_id, _, _ in nodes.values()}) == 1
+        is_single_node = len({place.node_id for place in nodes.values()}) == 1
         summaries = {
             actor: WorkerSummary(
                 actor.place.model_name,
                 actor.place.replica,
                 actor.place.rank,
-                node_id,
-                "127.0.0.1" if is_single_node else host,
-                process_id,
+                place.node_id,
+                "127.0.0.1" if is_single_node else place.host,
+                place.process_id,
             )
-            for actor, (node_id, host, process_id) in nodes.items()
+            for actor, place in nodes.items()
         }
         for actor, summary in summaries.items():
             watch = actor.handle.watch.options(concurrency_group="watch")

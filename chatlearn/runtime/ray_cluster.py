@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Joins the Ray cluster that is there, or starts one for this run and stops it.
 
 A cluster that this project starts asks for a token: Ray's servers listen on every interface, so

@@ -25,8 +25,9 @@ def describe_failure(error: Exception, worker: WorkerSummary | None, flow_line: 
     """
     import ray.exceptions
 
-    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, WorkerError):
-        return error.cause
+    cause: object = getattr(error, "cause", None)
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, WorkerError):
+        return cause
     is_death = isinstance(error, ray.exceptions.RayActorError)
     if is_death:
         message = "the worker process died (killed, out of memory, or crashed)"

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Makes Ray placement groups of a placement plan."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """The Ray actor of one rank. It imports torch only after its environment is set."""
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from chatlearn.parallel.context import WorkerContext
     from chatlearn.parallel.layout import ParallelLayout
 
-__all__ = ["RayWorker", "WorkerSettings"]
+__all__ = ["ProcessPlace", "RayWorker", "WorkerSettings"]
 
 _COLLATERAL = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 
@@ -38,6 +39,15 @@ class WorkerSettings:
     log_path: str
 
 
+@dataclass(frozen=True)
+class ProcessPlace:
+    """A process: Ray's id of its node, the node's address, and its process id."""
+
+    node_id: str
+    host: str
+    process_id: int
+
+
 class RayWorker:
     """Hosts one rank of one model."""
 
@@ -53,12 +63,12 @@ class RayWorker:
         self._context: WorkerContext | None = None
         self._store: Any = None
 
-    def node(self) -> tuple[str, str, int]:
-        """Node id, node address and process id."""
+    def node(self) -> ProcessPlace:
+        """Where this worker is."""
         import ray
 
         node_id = ray.get_runtime_context().get_node_id()
-        return node_id, ray.util.get_node_ip_address(), os.getpid()
+        return ProcessPlace(node_id, ray.util.get_node_ip_address(), os.getpid())
 
     def host_store(self, host: str, timeout_s: float) -> int:
         """Open the store of the replica's process world; gives its port."""

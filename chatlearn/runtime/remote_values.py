@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.runtime.contract import RemoteValue
 
@@ -32,9 +32,9 @@ def resolve_arguments(
 
 def _parts(value: Any) -> list[Any]:
     if type(value) in (list, tuple):
-        return list(value)
+        return list(cast("list[Any]", value))
     if type(value) is dict:
-        return list(value.values())
+        return list(cast("dict[Any, Any]", value).values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, field.name) for field in dataclasses.fields(value)]
     return []
@@ -60,6 +60,6 @@ def _replace(value: Any, values: dict[int, Any]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(replaced)
     if type(value) is dict:
-        return dict(zip(value, replaced, strict=True))
+        return dict(zip(cast("dict[Any, Any]", value), replaced, strict=True))
     names = [field.name for field in dataclasses.fields(value)]
     return dataclasses.replace(value, **dict(zip(names, replaced, strict=True)))

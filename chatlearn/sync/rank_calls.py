@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Calls on the ranks of a sync, by the index of their endpoint, every wait bounded."""
 
 from __future__ import annotations

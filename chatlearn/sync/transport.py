@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """What runs inside the workers during a weight sync; the driver calls these in phases.
 
 0. `pull_early` on every destination, where all weights are pulled and every source is known from

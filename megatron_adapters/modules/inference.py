@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """The models of a rollout: policy, reference, value, reward."""
 
 from collections.abc import Sequence

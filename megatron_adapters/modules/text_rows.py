@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Turns rows of text into rows of token ids, for every ready-made module's data set."""
 
 from collections.abc import Mapping, Sequence

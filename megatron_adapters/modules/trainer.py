@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """TrainerModule: what every Megatron trainer does around its loss."""
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Imports Megatron-Core quietly and applies the patches that this machine needs, once."""
 
 import importlib

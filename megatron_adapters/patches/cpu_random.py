@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Megatron's random number tracker works on the CPU's generator where there is no CUDA.
 
 Seen in megatron-core 0.16.1: `megatron.core.tensor_parallel.random` reads and writes the state of

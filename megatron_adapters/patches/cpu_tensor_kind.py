@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Functions of Megatron that ask a tensor for its CUDA type, or move it to CUDA, on the CPU.
 
 Seen in megatron-core 0.16.1: gradient clipping and the mixed-precision optimizers compare

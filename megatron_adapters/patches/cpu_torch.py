@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Lets Megatron-Core run without CUDA: its modules see a `torch` that knows the CPU.
 
 Seen in megatron-core 0.16.1: `torch.cuda.current_device()`, `synchronize()` and others are called

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """What this rank holds of the live model's weights, in the words of chatlearn.parallel.sharding.
 
 Megatron's own `sharded_state_dict()` says for every weight the global name, shape and offset.

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """What the benchmark runs inside the Ray workers beside the sync itself.
 
 Every function is called on all ranks of both models at once, with what it needs of the joint

@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """Megatron-Core's own re-sharder, inside the Ray workers of the benchmark, over gloo."""
 
 from __future__ import annotations

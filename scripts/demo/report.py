@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """What the demo leaves behind: a picture, a summary, and a few lines on the terminal."""
 
 from __future__ import annotations

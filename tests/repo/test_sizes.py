@@ -15,6 +15,9 @@ LIBRARY = [path for path in FILES if path.relative_to(ROOT).parts[0] in PACKAGES
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_METHODS = 15
+MAX_TUPLE = 2
+# Torch says what these return: one gradient for each argument of `forward`.
+FOREIGN_NAMES = {"backward"}
 # The classes that users know by these names, with the methods that they know.
 KNOWN_CLASSES = {"BaseModule", "Engine", "Environment", "Trainer", "Evaluator"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
@@ -57,6 +60,30 @@ def test_no_class_has_more_than_15_methods():
         and len(_named_methods(node)) > MAX_METHODS
     ]
     assert too_wide == []
+
+
+def _is_wide_tuple(node):
+    return (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "tuple"
+        and isinstance(node.slice, ast.Tuple)
+        and len(node.slice.elts) > MAX_TUPLE
+    )
+
+
+def test_no_function_returns_a_tuple_of_more_than_two():
+    """A frozen dataclass says what its parts are."""
+    wide = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in LIBRARY
+        for node in ast.walk(_tree(path))
+        if isinstance(node, FUNCTIONS)
+        and node.name not in FOREIGN_NAMES
+        and node.returns is not None
+        and any(map(_is_wide_tuple, ast.walk(node.returns)))
+    ]
+    assert wide == []
 
 
 def test_no_module_is_named_after_nothing():

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from chatlearn import __version__
 from chatlearn.cli.main import main
@@ -120,6 +121,96 @@ def test_a_bad_config_or_flow_exits_with_2(run, builder, arguments, message):
     code, out, err = run("check", builder, *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+TINY = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+TINY |= {"max_sequence_length": 8, "module": "megatron_adapters:PolicyTrainer"}
+INFERENCE = {**TINY, "module": "megatron_adapters:PolicyReference"}
+PP2 = {"pipeline_model_parallel_size": 2}
+DPO = {"reference": INFERENCE, "policy_trainer": TINY}
+
+
+def check_models(tmp_path, monkeypatch, capsys, engine, models, command="check", **runtime):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    content = {"models": models, "runtime": {"engine": engine, **runtime}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    code = main([command, "run.yaml"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        (
+            "policy_trainer",
+            {"num_moe_experts": 8, "expert_model_parallel_size": 4, "num_gpu": 2},
+            "4 x 1 = 4 does not divide",
+        ),
+        (
+            "reference",
+            {"num_moe_experts": 8, "expert_model_parallel_size": 2},
+            "does not divide the 1 ranks",
+        ),
+        (
+            "policy_trainer",
+            {"num_moe_experts": 4, "tensor_model_parallel_size": 2},
+            "needs sequence_parallel",
+        ),
+        (
+            "policy_trainer",
+            {**PP2, "num_layers_in_first_pipeline_stage": 5},
+            "would have [5, -1] layers",
+        ),
+        ("policy_trainer", {**PP2, "pipeline_model_parallel_layout": "Et|tL"}, "2 in all"),
+        ("policy_trainer", {"recompute_granularity": "full"}, "needs recompute_method"),
+        ("policy_trainer", {"window_size": [4, 0]}, "window_size is not supported yet"),
+    ],
+)
+def test_a_model_that_cannot_be_built_exits_with_2(
+    tmp_path, monkeypatch, capsys, name, fields, message
+):
+    models = {**DPO, name: {**DPO[name], **fields}}
+    code, out, err = check_models(tmp_path, monkeypatch, capsys, "dpo", models)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert f"models.{name}" in err
+
+
+def test_a_policy_that_generates_with_virtual_stages_exits_with_2(tmp_path, monkeypatch, capsys):
+    policy = {**TINY, **PP2, "module": "megatron_adapters:PolicyInference"}
+    policy["virtual_pipeline_model_parallel_size"] = 2
+    code, _, err = check_models(tmp_path, monkeypatch, capsys, "eval", {"policy": policy})
+    assert code == 2
+    assert "models.policy: a model that generates has no virtual stages" in err
+
+
+MISSING = {"data_path": "absent.jsonl", "tokenizer": "absent.model"}
+
+
+def test_the_check_reports_files_that_are_not_there(tmp_path, monkeypatch, capsys):
+    models = {**DPO, "reference": {**INFERENCE, "load": "absent_folder"}}
+    code, out, err = check_models(tmp_path, monkeypatch, capsys, "dpo", models, **MISSING)
+    assert (code, err) == (0, "")
+    assert "runtime.data_path: absent.jsonl is not there" in out
+    assert "runtime.tokenizer: absent.model is not there" in out
+    assert "models.reference.load: absent_folder is not there" in out
+    assert out.endswith("ok: nothing was started; 3 files are missing\n")
+
+
+def test_a_run_whose_files_are_not_there_exits_with_2(tmp_path, monkeypatch, capsys):
+    (tmp_path / "there.jsonl").write_text('{"prompt_token_ids": [3]}\n')
+    for missing, message in (
+        (MISSING, "runtime.data_path: absent.jsonl is not there"),
+        ({**MISSING, "data_path": "there.jsonl"}, "runtime.tokenizer: absent.model is not there"),
+    ):
+        code, _, err = check_models(
+            tmp_path, monkeypatch, capsys, "dpo", DPO, command="train", **missing
+        )
+        assert code == 2
+        assert message in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_config_file_that_is_not_there_exits_with_2(capsys):

@@ -74,6 +74,28 @@ def test_norms_of_queries_and_keys_count_once_a_layer():
     assert normed - plain == 32 * 2 * 128
 
 
+MIXED = {
+    **LLAMA_7B,
+    "num_layers": 4,
+    "num_moe_experts": 8,
+    "moe_ffn_hidden_size": 1408,
+    "moe_shared_expert_intermediate_size": 2816,
+    "moe_shared_expert_gate": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("frequency", "num_sparse"), [(1, 4), (2, 2), (3, 2), ([0, 1, 1, 1], 3), ([0] * 4, 0)]
+)
+def test_dense_and_expert_layers_count_by_their_frequency(frequency, num_sparse):
+    dense = 3 * 4096 * 11008
+    sparse = 8 * 3 * 4096 * 1408 + 3 * 4096 * 2816 + 4096 * 8 + 4096
+    plain = {**LLAMA_7B, "num_layers": 4}
+    base = count_parameters(plain, has_scalar_head=False)
+    count = count_parameters({**MIXED, "moe_layer_freq": frequency}, has_scalar_head=False)
+    assert count - base == num_sparse * (sparse - dense)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{}, {**LLAMA_7B, "vocab_size": None}, {**LLAMA_7B, "multi_latent_attention": True}],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chatlearn.errors import FlowError
-from chatlearn.flow.graph import ROOT, FlowNode, describe_graph, sort_nodes
+from chatlearn.flow.graph import ROOT, CallSummary, FlowNode, describe_graph, sort_nodes
 from chatlearn.flow.trace import ControlDependencies, trace_flow
 from chatlearn.models.base import BaseModule
 
@@ -325,6 +325,6 @@ def test_the_graph_is_described_as_a_table():
             return b.score(batch)
 
     assert describe_graph(trace_flow(flow, name="environment").graph) == [
-        ("a.forward_step", "batch", "", ""),
-        ("b.score", "batch", "a.forward_step", "yes"),
+        CallSummary("a.forward_step", "batch", "", is_returned=False),
+        CallSummary("b.score", "batch", "a.forward_step", is_returned=True),
     ]

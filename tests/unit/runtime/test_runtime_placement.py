@@ -11,6 +11,7 @@ from chatlearn.runtime.placement import (
     DeviceInventory,
     DeviceSlot,
     ModelRequest,
+    ReplicaSummary,
     build_requests,
     describe_placement,
     plan_placement,
@@ -172,7 +173,29 @@ def test_the_placement_is_described_as_a_table():
     requests = [asks("large", 4, world=4), asks("small", 1), asks("rule", 1, cpu=True)]
     plan = plan_placement(requests, [("large", "small")], AUTO)
     assert describe_placement(plan) == [
-        ("0", "large", "0", "4", "0:0 .. 0:3 (1/2 each)"),
-        ("0", "small", "0", "1", "0:0 (1/2 each)"),
-        ("1", "rule", "0", "1", "CPU"),
+        ReplicaSummary(0, "large", 0, 4, "0:0 .. 0:3 (1/2 each)"),
+        ReplicaSummary(0, "small", 0, 1, "0:0 (1/2 each)"),
+        ReplicaSummary(1, "rule", 0, 1, "CPU"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "trainable", "words"),
+    [
+        ({"expert_model_parallel_size": 4, "num_gpu": 2}, True, "4 x 1 = 4 does not divide the 2"),
+        ({"expert_model_parallel_size": 2}, False, "2 x 1 = 2 does not divide the 1 ranks"),
+        ({"expert_tensor_parallel_size": 3, "num_gpu": 2}, True, "1 x 3 = 3 does not divide the 2"),
+    ],
+)
+def test_experts_that_do_not_fit_on_a_stage_are_refused(fields, trainable, words):
+    config = load_config({"models": {"m": {"num_moe_experts": 8, **fields}}})
+    with pytest.raises(ConfigError, match=f"models.m: expert_model_parallel_size x .*{words}"):
+        build_requests(config, ("m",), ("m",) if trainable else ())
+
+
+def test_experts_are_spread_over_the_ranks_of_a_stage():
+    model = {"num_moe_experts": 8, "num_gpu": 8, "tensor_model_parallel_size": 2}
+    model |= {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 1}
+    model |= {"expert_tensor_parallel_size": 1}
+    [request] = build_requests(load_config({"models": {"m": model}}), ("m",), ("m",))
+    assert (request.layout.ep_size, request.layout.dp_size) == (4, 4)
