@@ -7,7 +7,7 @@ TORCH_CPU ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench format docs clean
+.PHONY: help setup demo test test-long check bench format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,10 @@ demo: setup ## Watch PPO teach a small model to add (ALGO=ppo|grpo, REWARD=rule|
 
 test: setup ## Run the tests (no GPU needed)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-long: setup ## Run the long forms of the tests: faults in every mode, thousands of random plans
+	@$(BIN)/python -m pytest -m long --timeout 900 $(ARGS)
+	@CHATLEARN_TEST_EXAMPLES=3000 $(BIN)/python -m pytest --timeout 1800 tests/unit/sync $(ARGS)
 
 check: setup ## Lint, types, layers
 	@$(BIN)/ruff format --check .

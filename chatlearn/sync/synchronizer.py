@@ -182,25 +182,26 @@ class WeightSynchronizer:
         )
         self._must_be_full = True
         is_served = not call.is_double
+        givers = range(self._num_sources)
+        takers = range(self._num_sources, self._ranks.count)
         deadline = self._ranks.deadline()
         try:
             early = self._start_early(call)
-            offers = self._offer_own(call, deadline)
+            offers = self._offer(call, givers, deadline)
             self._ranks.gather(early, deadline, "take weights")
             self._move(call, offers, deadline)
             if settings.checks == "full":
                 check = replace(call, is_check=True)
-                self._move(check, self._offer_own(check, deadline), deadline)
+                self._move(check, self._offer(check, givers, deadline), deadline)
             if call.is_double:
                 is_served = True
-                takers = range(self._num_sources, self._ranks.count)
-                purpose = "switch to them"
-                self._ranks.run(commit_weights, takers, deadline, purpose, lambda _: (call,))
+                self._ranks.run(
+                    commit_weights, takers, deadline, "switch to them", lambda _: (call,)
+                )
         except BaseException:
             self._is_channel_open = False
             if is_served:
                 reason = f"the weights are half new: sync {self._key} to version {version} failed"
-                takers = range(self._num_sources, self._ranks.count)
                 self._ranks.tell(spoil_weights, takers, reason)
             raise
         self._must_be_full = False
@@ -247,9 +248,6 @@ class WeightSynchronizer:
         self._ranks.run(
             pull_weights, takers, deadline, "take weights", lambda at: (call, wanted[at])
         )
-
-    def _offer_own(self, call: SyncCall, deadline: float) -> dict[int, Offer]:
-        return self._offer(call, range(self._num_sources), deadline)
 
     def _offer(self, call: SyncCall, ranks: Collection[int], deadline: float) -> dict[int, Offer]:
         found = self._ranks.run(offer_weights, ranks, deadline, "offer weights", lambda _: (call,))
@@ -325,8 +323,8 @@ class WeightSynchronizer:
     def _open_channel(self) -> None:
         ready = self._prepared
         members = tuple(program.index for program in ready.programs if program.steps)
-        self._is_channel_open = True
         if not members:
+            self._is_channel_open = True
             return
         deadline = self._ranks.deadline()
         first = members[0]
@@ -345,6 +343,7 @@ class WeightSynchronizer:
             _RANK_SHARE * self._settings.timeout_s,
         )
         self._ranks.run(open_channel, members, deadline, "open a channel", lambda at: (address, at))
+        self._is_channel_open = True
 
 
 def _check_complete(plan: SyncPlan, key: str, namings: tuple[str, str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 import tempfile
 import time
@@ -166,5 +167,7 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    # Without this a SIGTERM would leave Ray and its workers behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     sys.exit(main())

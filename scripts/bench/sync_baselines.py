@@ -29,6 +29,7 @@ __all__ = [
     "WorldAddress",
     "clear_weights",
     "count_differing",
+    "forget_buffers",
     "forget_weights",
     "gather_broadcast",
     "host_joint_store",
@@ -194,6 +195,11 @@ def forget_weights(context: WorkerContext) -> None:
     context.drop(_KEPT)
 
 
+def forget_buffers(context: WorkerContext) -> None:
+    """Let go of the buffers of measurements."""
+    context.drop(_SCRATCH)
+
+
 def count_differing(context: WorkerContext) -> int:
     """Tensors whose bits are not the remembered ones, or that are zero."""
     import torch
@@ -228,7 +234,9 @@ def time_gloo(context: WorkerContext, pairs: Sequence[tuple[int, int]], num_byte
     rank = joint_world(context).rank
     scratch = context.keep(_SCRATCH, _Scratch)
     share = num_bytes // len(pairs)
-    mine = [(pair, scratch.bytes(f"gloo {pair}", share)) for pair in pairs if rank in pair]
+    own = [pair for pair in pairs if rank in pair]
+    buffers = scratch.bytes("given", share * len(own)).view(len(own), share) if own else ()
+    mine = list(zip(own, buffers, strict=True))
     dist.barrier()
     start_s = time.perf_counter()
     works = [

@@ -12,6 +12,7 @@ from chatlearn.sync.programs import NUM_TURNS, build_programs
 from scripts.bench.sync_baselines import (
     clear_weights,
     count_differing,
+    forget_buffers,
     forget_weights,
     gather_broadcast,
     keep_weights,
@@ -96,6 +97,7 @@ def measure_rig(case: str, rig: Rig, num_repeats: int) -> list[CaseResult]:
         bench.check_equality(is_first=transport == TRANSPORTS[0])
         results.append(bench.measure(case, num_repeats))
         synchronizer.close()
+    rig.run(forget_buffers)
     return results
 
 

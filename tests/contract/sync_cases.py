@@ -239,6 +239,20 @@ def measure(context):
 
 
 @dataclass
+class Slip:
+    """A hook that changes one element of a weight after some calls."""
+
+    name: str
+    num_free: int
+
+    def __call__(self, module):
+        if self.num_free == 0:
+            module.hook = None
+            spoil_element(module.context, self.name)
+        self.num_free -= 1
+
+
+@dataclass
 class Gate:
     """A hook that says it has been reached, and lets nobody through before a file is there.
 

@@ -16,7 +16,7 @@ import sync_cases as cases
 from chatlearn.errors import WaitTimeoutError, WorkerError
 from chatlearn.runtime.ray_backend import RayBackend
 
-SYNC_TIMEOUT_S = 4.0
+SYNC_TIMEOUT_S = 3.0
 SLACK_S = 3.0
 TRANSPORTS = {"shared_memory": "auto", "channel": "collective"}
 # Calls of a sync that see a rank's tensors before the one in which the fault strikes: with the
@@ -80,10 +80,10 @@ def check_served(pair, mode, index=0):
         ("shared_memory", "sampler", "double"),
         ("channel", "trainer", "double"),
         ("channel", "sampler", "in_place"),
-        pytest.param("shared_memory", "trainer", "double", marks=pytest.mark.slow),
-        pytest.param("shared_memory", "sampler", "in_place", marks=pytest.mark.slow),
-        pytest.param("channel", "trainer", "in_place", marks=pytest.mark.slow),
-        pytest.param("channel", "sampler", "double", marks=pytest.mark.slow),
+        pytest.param("shared_memory", "trainer", "double", marks=pytest.mark.long),
+        pytest.param("shared_memory", "sampler", "in_place", marks=pytest.mark.long),
+        pytest.param("channel", "trainer", "in_place", marks=pytest.mark.long),
+        pytest.param("channel", "sampler", "double", marks=pytest.mark.long),
     ],
 )
 def test_a_rank_that_stops_is_named_and_may_come_back(lasting, tmp_path, transport, victim, mode):
@@ -107,6 +107,26 @@ def test_a_rank_that_stops_is_named_and_may_come_back(lasting, tmp_path, transpo
     assert synchronizer.sync(2).num_bytes == synchronizer.plan.num_bytes
     assert not any(pair.differing(2))
     assert pair.call("sampler", cases.serve) == [cases.value_of("scalar", 2).item()] * 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("victim", ["trainer", "sampler"])
+def test_syncs_fail_as_long_as_a_rank_stays_away(lasting, tmp_path, transport, victim):
+    pair = lasting
+    for name in pair.groups:
+        pair.call(name, cases.blank)
+    synchronizer = pair.prepare(SYNC_TIMEOUT_S, transport=TRANSPORTS[transport])
+    strike(pair, tmp_path, transport, victim, 1, signal.SIGSTOP)
+    try:
+        for version in range(3):
+            told = str(fail_in_time(synchronizer, version))
+            assert ("trainer.r0.1" if victim == "trainer" else "sampler.r1.0") in told
+    finally:
+        os.kill(pair.processes(victim)[1], signal.SIGCONT)
+    pair.call("trainer", cases.write, 3)
+    synchronizer.sync(3)
+    assert not any(pair.differing(3))
 
 
 @pytest.mark.parametrize(

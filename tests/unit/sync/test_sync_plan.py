@@ -1,5 +1,6 @@
 """The plan of a weight sync, proven on random models: exact, minimal, even, without deadlock."""
 
+import os
 from collections import Counter
 from itertools import pairwise, product
 
@@ -12,6 +13,8 @@ from chatlearn.parallel.sharding import Box, TensorShard
 from chatlearn.sync.plan import plan_sync, summarize_plan
 from chatlearn.sync.records import LINKS, Endpoint
 
+# `make test-long` tries many more.
+EXAMPLES = int(os.environ.get("CHATLEARN_TEST_EXAMPLES", "200"))
 NETWORK = LINKS.index("network")
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -96,7 +99,7 @@ def network_loads(plan):
     return loads
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(models(), st.sampled_from([4, 12, 64, 1 << 20]))
 def test_every_destination_element_is_written_once_from_a_rank_that_holds_it(sides, bucket_bytes):
     sources, destinations = sides
@@ -122,7 +125,7 @@ def test_every_destination_element_is_written_once_from_a_rank_that_holds_it(sid
     assert written == dict.fromkeys(expected, 1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(models(), st.sampled_from([4, 12, 1 << 20]))
 def test_the_network_carries_each_element_once_to_each_node_that_lacks_it(sides, bucket_bytes):
     sources, destinations = sides
@@ -147,7 +150,7 @@ def test_the_network_carries_each_element_once_to_each_node_that_lacks_it(sides,
     assert not sent or max(sent.values()) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(models(), st.sampled_from([4, 12, 1 << 20]))
 def test_the_shortest_link_is_taken(sides, bucket_bytes):
     sources, destinations = sides
@@ -175,7 +178,7 @@ def test_the_shortest_link_is_taken(sides, bucket_bytes):
     assert plan.num_bytes == sum(sizes.values())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(models(max_copies=4), st.sampled_from([4, 12, 64]))
 def test_no_bucket_could_go_to_a_holder_that_sends_less_by_more_than_a_bucket(sides, bucket_bytes):
     plan = plan_sync(*sides, bucket_bytes)
@@ -204,7 +207,7 @@ def is_as_near(plan, holder, hop):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(st.integers(2, 5), st.integers(1, 12), st.integers(1, 4), st.sampled_from([4, 16]))
 def test_loads_of_equal_holders_differ_by_one_bucket_at_most(copies, length, nodes, bucket_bytes):
     sources = [whole_vector("trainer", length, rank=r, node=f"s{r}") for r in range(copies)]
@@ -216,7 +219,7 @@ def test_loads_of_equal_holders_differ_by_one_bucket_at_most(copies, length, nod
     assert plan.bytes_by_link["network"] == nodes * length * 4
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(models(), st.sampled_from([4, 12, 1 << 20]))
 def test_ranks_that_follow_the_order_never_wait_in_a_circle(sides, bucket_bytes):
     plan = plan_sync(*sides, bucket_bytes)
@@ -240,7 +243,7 @@ def test_ranks_that_follow_the_order_never_wait_in_a_circle(sides, bucket_bytes)
             left -= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(models(), st.sampled_from([4, 12, 1 << 20]))
 def test_a_round_has_one_message_per_sender_and_receiver(sides, bucket_bytes):
     plan = plan_sync(*sides, bucket_bytes)
