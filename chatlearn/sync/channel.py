@@ -1,8 +1,9 @@
 """Point-to-point messages between ranks of different models: a process group of their own.
 
-Each rank keeps its end in its context. Steps run in the plan's order, two of them at a time: while
-one message is on the wire the next is packed, or the last one unpacked. The earliest step that is
-not finished anywhere has both its ends waiting for it, so no order of arrival can deadlock.
+Each rank keeps its end in its context. Steps run in the plan's order, some at a time: while
+messages are on the wire the next is packed, or the last one unpacked, in buffers of two buckets in
+all that are used again and again. The earliest step that is not finished anywhere has both its ends
+waiting for it, so no order of arrival can deadlock.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["Channel", "ChannelAddress", "MessageError", "host_channel", "open_ch
 
 # Messages of one pair of ranks arrive in the order they are sent, so one tag serves.
 _TAG = 1
-_MOST_IN_FLIGHT = 2
+_MOST_IN_FLIGHT = 8
 # What gloo and NCCL say where the other end is gone, not late.
 _LOST = ("connection", "broken pipe", "remote process", "socket")
 
@@ -56,6 +57,7 @@ class ChannelAddress:
         labels: what messages call them, in the same order.
         backend: `gloo` or `nccl`.
         timeout_s: of every message.
+        staging_bytes: most bytes of buffers that one rank uses.
     """
 
     key: str
@@ -65,6 +67,43 @@ class ChannelAddress:
     labels: tuple[str, ...]
     backend: str
     timeout_s: float
+    staging_bytes: int
+
+
+class _Staging:
+    """Buffers of a bounded size in all; those given back are used again."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._free: list[torch.Tensor] = []
+        self._held_bytes = 0
+        self._used_bytes = 0
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether `take` stays within the bound; one buffer alone always does."""
+        return not self._used_bytes or self._used_bytes + num_bytes <= self._most_bytes
+
+    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """A buffer of bytes, perhaps a larger one."""
+        import torch
+
+        fitting = [buffer for buffer in self._free if buffer.numel() >= num_bytes]
+        if fitting:
+            buffer = min(fitting, key=len)
+            self._free = [free for free in self._free if free is not buffer]
+        else:
+            if self._held_bytes + num_bytes > self._most_bytes:
+                self._held_bytes -= sum(free.numel() for free in self._free)
+                self._free = []
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._held_bytes += num_bytes
+        self._used_bytes += buffer.numel()
+        return buffer
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """End the use of a buffer."""
+        self._used_bytes -= buffer.numel()
+        self._free.append(buffer)
 
 
 class _Store:
@@ -88,7 +127,7 @@ class _Flight:
     step: Step
     work: Any
     buffer: torch.Tensor
-    is_in_place: bool
+    staging: torch.Tensor | None
 
     @property
     def is_awaited(self) -> bool:
@@ -109,6 +148,7 @@ class Channel:
         prefixed = dist.PrefixStore(address.key, store)
         rank, size = self._ranks[index], len(address.members)
         self._is_staged = address.backend == "gloo"
+        self._staging = _Staging(address.staging_bytes)
         self._group: Any
         if self._is_staged:
             timeout = timedelta(seconds=address.timeout_s)
@@ -148,59 +188,47 @@ class Channel:
             ):
                 # What is passed on must have come.
                 self._finish_all(flights, taken, differing)
-            while len(flights) >= _MOST_IN_FLIGHT:
+            tensors = taken if not step.is_send or step.message in own else given
+            staged_bytes = self._staged_bytes(step, tensors, is_check=differing is not None)
+            while flights and (
+                len(flights) >= _MOST_IN_FLIGHT or not self._staging.has_room(staged_bytes)
+            ):
                 self._finish(flights.popleft(), taken, differing)
             try:
-                if step.is_send:
-                    tensors = taken if step.message in own else given
-                    flights.append(self._send(step, tensors))
-                else:
-                    flights.append(self._receive(step, taken, may_place=differing is None))
+                flights.append(self._start(step, tensors, staged_bytes))
             except RuntimeError as error:
                 raise self._failure(step, error, f"step {number + 1} of {len(steps)}") from error
         self._finish_all(flights, taken, differing)
 
-    def _send(self, step: Step, tensors: Mapping[str, torch.Tensor]) -> _Flight:
-        buffer = self._pack(step, tensors)
-        work = self._group.send([buffer], self._ranks[step.peer], _TAG)
-        return _Flight(step, work, buffer, is_in_place=False)
-
-    def _receive(
-        self, step: Step, tensors: Mapping[str, torch.Tensor], *, may_place: bool
-    ) -> _Flight:
+    def _staged_bytes(
+        self, step: Step, tensors: Mapping[str, torch.Tensor], *, is_check: bool
+    ) -> int:
+        """Bytes of the buffer that a step needs; 0 where its region itself goes on the wire."""
         import torch
 
         region = _dense_region(step, tensors)
-        is_in_place = may_place and region is not None and not self._must_stage(region)
-        if is_in_place and region is not None:
-            buffer = region
+        is_checked = is_check and not step.is_send
+        is_far = region is not None and self._is_staged and region.device.type != "cpu"
+        if region is not None and not is_checked and not is_far:
+            return 0
+        count = sum(_region(part, tensors).numel() for part in step.parts)
+        return count * getattr(torch, step.dtype).itemsize
+
+    def _start(self, step: Step, tensors: Mapping[str, torch.Tensor], staged_bytes: int) -> _Flight:
+        import torch
+
+        staging: torch.Tensor | None = None
+        if not staged_bytes:
+            buffer = _region(step.parts[0], tensors)
         else:
-            sample = tensors[step.parts[0].local_name]
-            count = sum(_region(part, tensors).numel() for part in step.parts)
-            device = torch.device("cpu") if self._is_staged else sample.device
-            buffer = torch.empty(count, dtype=getattr(torch, step.dtype), device=device)
-        work = self._group.recv([buffer], self._ranks[step.peer], _TAG)
-        return _Flight(step, work, buffer, is_in_place)
-
-    def _must_stage(self, tensor: torch.Tensor) -> bool:
-        return self._is_staged and tensor.device.type != "cpu"
-
-    def _pack(self, step: Step, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The step's parts as one dense tensor: the tensor itself where it is that already."""
-        import torch
-
-        region = _dense_region(step, tensors)
-        if region is None:
-            dtype = getattr(torch, step.dtype)
-            regions = [_region(part, tensors) for part in step.parts]
-            region = torch.empty(
-                sum(r.numel() for r in regions), dtype=dtype, device=regions[0].device
-            )
-            start = 0
-            for each in regions:
-                region[start : start + each.numel()].view(each.shape).copy_(each)
-                start += each.numel()
-        return region.cpu() if self._must_stage(region) else region
+            live = tensors[step.parts[0].local_name].device
+            device = torch.device("cpu") if self._is_staged else live
+            staging = self._staging.take(staged_bytes, device)
+            buffer = staging[:staged_bytes].view(getattr(torch, step.dtype))
+            if step.is_send:
+                _pack(step, tensors, buffer)
+        action = self._group.send if step.is_send else self._group.recv
+        return _Flight(step, action([buffer], self._ranks[step.peer], _TAG), buffer, staging)
 
     def _finish_all(
         self,
@@ -218,17 +246,11 @@ class Channel:
             flight.work.wait()
         except RuntimeError as error:
             raise self._failure(flight.step, error, f"bucket {flight.step.message[0]}") from error
-        if flight.step.is_send or flight.is_in_place:
+        if flight.staging is None:
             return
-        start = 0
-        for part in flight.step.parts:
-            region = _region(part, tensors)
-            came = flight.buffer[start : start + region.numel()].view(region.shape)
-            start += region.numel()
-            if differing is None:
-                region.copy_(came)
-            elif not has_equal_bits(region, came.to(region.dtype).to(region.device)):
-                differing.append(part.label)
+        if not flight.step.is_send:
+            _unpack(flight, tensors, differing)
+        self._staging.give_back(flight.staging)
 
     def _failure(self, step: Step, error: RuntimeError, where: str) -> MessageError:
         verb, side = ("send", "to") if step.is_send else ("receive", "from")
@@ -273,6 +295,28 @@ def open_channel(context: WorkerContext, address: ChannelAddress, index: int) ->
 
 def _region(part: Part, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return tensors[part.local_name][part.slices]
+
+
+def _pack(step: Step, tensors: Mapping[str, torch.Tensor], buffer: torch.Tensor) -> None:
+    start = 0
+    for part in step.parts:
+        region = _region(part, tensors)
+        buffer[start : start + region.numel()].view(region.shape).copy_(region)
+        start += region.numel()
+
+
+def _unpack(
+    flight: _Flight, tensors: Mapping[str, torch.Tensor], differing: list[str] | None
+) -> None:
+    start = 0
+    for part in flight.step.parts:
+        region = _region(part, tensors)
+        came = flight.buffer[start : start + region.numel()].view(region.shape)
+        start += region.numel()
+        if differing is None:
+            region.copy_(came)
+        elif not has_equal_bits(region, came.to(region.dtype).to(region.device)):
+            differing.append(part.label)
 
 
 def _dense_region(step: Step, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

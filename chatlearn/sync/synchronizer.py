@@ -341,6 +341,7 @@ class WeightSynchronizer:
             tuple(endpoints[member].label for member in members),
             "nccl" if all(endpoints[member].device_id for member in members) else "gloo",
             _RANK_SHARE * self._settings.timeout_s,
+            2 * self._settings.bucket_bytes,
         )
         self._ranks.run(open_channel, members, deadline, "open a channel", lambda at: (address, at))
         self._is_channel_open = True

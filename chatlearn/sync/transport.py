@@ -16,13 +16,13 @@ What is kept from one sync to the next are resources of the worker's context.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import SyncError
 from chatlearn.sync.channel import Channel, MessageError
-from chatlearn.sync.digest import compute_digest, has_equal_bits
+from chatlearn.sync.digest import compute_digests, has_equal_bits
 from chatlearn.sync.programs import NUM_TURNS, Block, Pull, RankProgram
 from chatlearn.sync.rank_calls import Failure
 from chatlearn.sync.records import Endpoint
@@ -138,7 +138,7 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
     digests: dict[int, int] = {}
     if not program.is_destination and not call.is_check:
         blocks = _chosen(_programs(context, call.key).full, call)
-        digests = {block.number: _digest(block, tensors) for block in blocks}
+        digests = _digest(blocks, tensors)
     return Offer(program.index, _label(context), call.version, handles, lent, digests)
 
 
@@ -312,26 +312,33 @@ def _check_digests(
     tensors: Mapping[str, torch.Tensor],
     offers: Mapping[int, Offer],
 ) -> None:
-    for block in _chosen(program, call):
+    blocks = _chosen(program, call)
+    own = _digest(blocks, tensors)
+    for block in blocks:
         offer = offers[block.origin]
-        if offer.digests.get(block.number) != _digest(block, tensors):
+        if offer.digests.get(block.number) != own[block.number]:
             raise SyncError(
                 f"{block.part.label} differs on {_label(context)} from that of {offer.label} "
                 f"after the sync to version {call.version}"
             )
 
 
-def _chosen(program: RankProgram, call: SyncCall) -> Iterable[Block]:
+def _chosen(program: RankProgram, call: SyncCall) -> Sequence[Block]:
     if call.checks != "false":
         return program.blocks
     return program.blocks_of_turn(call.turn % NUM_TURNS)
 
 
-def _digest(block: Block, tensors: Mapping[str, torch.Tensor]) -> int:
+def _digest(blocks: Sequence[Block], tensors: Mapping[str, torch.Tensor]) -> dict[int, int]:
+    """Digests by number of the block, in the dtype that both sides compute in."""
     import torch
 
-    region = tensors[block.part.local_name][block.part.slices]
-    return compute_digest(region.to(getattr(torch, block.dtype)))
+    regions = (
+        tensors[block.part.local_name][block.part.slices].to(getattr(torch, block.dtype))
+        for block in blocks
+    )
+    numbers = (block.number for block in blocks)
+    return dict(zip(numbers, compute_digests(regions), strict=True))
 
 
 def _checked_tensors(context: WorkerContext, call: SyncCall) -> Mapping[str, torch.Tensor]:
