@@ -1,0 +1,103 @@
+"""Descriptions that cannot be right are refused, with the tensor and the ranks."""
+
+import pytest
+from plan_cases import endpoint, halves, shard, whole, whole_vector
+
+from chatlearn.errors import SyncError
+from chatlearn.parallel.sharding import Box, TensorShard
+from chatlearn.sync.plan import plan_sync
+
+
+def test_a_hole_names_tensor_and_ranks():
+    sources = [endpoint("trainer", 0, [shard("w", (4,), (0,), (2,))])]
+    with pytest.raises(SyncError, match=r"w: the shards of trainer.r0.0 leave a hole: 2 of 4"):
+        plan_sync(sources, [])
+
+
+def test_a_hole_in_one_replica_names_its_ranks():
+    half = endpoint("policy", 0, [shard("w", (4, 2), (0, 0), (2, 2))], replica=1)
+    with pytest.raises(SyncError, match=r"w: the shards of policy.r1.0 leave a hole: 4 of 8"):
+        plan_sync([whole("trainer")], [whole("policy"), half])
+
+
+def test_an_overlap_names_tensor_and_ranks():
+    sources = [endpoint("trainer", rank, [shard("w", (4,), (rank,), (3,))]) for rank in (0, 1)]
+    message = r"w: the shards of trainer.r0.0, trainer.r0.1 leave an overlap: 6 of 4"
+    with pytest.raises(SyncError, match=message):
+        plan_sync(sources, [])
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ((4, 2), [(0, 0), (1, 0)]),
+        ((2, 4), [(0, 0), (0, 1)]),
+        ((2, 4), [(0, 2), (0, 1)]),
+    ],
+)
+def test_an_overlap_that_hides_a_hole_of_its_size_is_found(shape, offsets):
+    sources = [
+        endpoint("trainer", rank, [shard("w", shape, offset, (2, 2))])
+        for rank, offset in enumerate(offsets)
+    ]
+    with pytest.raises(SyncError, match=r"w: the shards of trainer.r0.\d, .* overlap, .* a hole"):
+        plan_sync(sources, [])
+
+
+def test_an_overlap_in_local_memory_is_found():
+    pieces = [
+        TensorShard(key, (4,), Box((0,), (4,)), "float32", "buffer", (start,))
+        for key, start in (("a", 0), ("b", 3))
+    ]
+    with pytest.raises(SyncError, match=r"a, b: trainer.r0.0 .* tensor buffer twice"):
+        plan_sync([endpoint("trainer", 0, pieces)], [])
+
+
+def test_a_box_that_one_rank_describes_twice_is_found():
+    pieces = [
+        TensorShard("a", (4,), Box((0,), (4,)), "float32", name, (0,)) for name in ("one", "two")
+    ]
+    with pytest.raises(
+        SyncError, match=r"a: trainer.r0.0 holds one box of it twice, in one and two"
+    ):
+        plan_sync([endpoint("trainer", 0, pieces)], [])
+
+
+def test_copies_of_a_box_are_no_overlap():
+    sources = [whole("trainer", rank) for rank in range(3)]
+    assert plan_sync(sources, [whole("policy")]).num_bytes == 32
+
+
+def test_ranks_that_disagree_on_a_shape_are_named():
+    sources = [*halves("trainer"), endpoint("trainer", 2, [shard("w", (5, 2), (4, 0), (1, 2))])]
+    with pytest.raises(SyncError, match=r"w: its ranks \(trainer.r0.0, .*\) disagree on shape"):
+        plan_sync(sources, [])
+
+
+def test_replicas_that_disagree_on_a_dtype_are_named():
+    takers = [
+        whole_vector("policy", 4),
+        endpoint("policy", 0, [shard("w", (4,), (0,), (4,), dtype="bfloat16")], replica=1),
+    ]
+    with pytest.raises(SyncError, match=r"w: its ranks \(policy.r0.0, policy.r1.0\) disagree"):
+        plan_sync([whole_vector("trainer", 4)], takers)
+
+
+def test_a_dtype_that_cannot_be_moved_is_named():
+    odd = endpoint("trainer", 0, [shard("w", (4,), (0,), (4,), dtype="complex64")])
+    with pytest.raises(SyncError, match="w of trainer.r0.0 has the dtype complex64"):
+        plan_sync([odd], [])
+
+
+def test_a_shape_that_differs_names_both_models():
+    other = endpoint("policy", 3, [shard("w", (4, 3), (0, 0), (4, 3))])
+    message = r"w: trainer has the shape \(4, 2\), policy.r0.3 \(4, 3\): .* same architecture"
+    with pytest.raises(SyncError, match=message):
+        plan_sync(halves("trainer"), [other])
+
+
+def test_a_tensor_that_the_source_lacks_is_named():
+    other = endpoint("policy", 0, [shard("v", (4,), (0,), (4,))], replica=2)
+    message = "policy.r2.0 has the tensor v, which trainer lacks: both models need the same"
+    with pytest.raises(SyncError, match=message):
+        plan_sync(halves("trainer"), [other])
