@@ -8,6 +8,7 @@ waiting for it, so no order of arrival can deadlock.
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -282,9 +283,12 @@ def open_channel(context: WorkerContext, address: ChannelAddress, index: int) ->
             )
             store = hosted.store
         else:
+            # The store is up before anybody is sent here; one that is gone belongs to a sync that
+            # has failed meanwhile, and torch would try for all of the timeout to reach it.
+            socket.create_connection((address.host, address.port), address.timeout_s).close()
             store = dist.TCPStore(address.host, address.port, None, False, timeout)
         context.keep(("sync channel", address.key), lambda: Channel(address, index, store))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         labels = dict(zip(address.members, address.labels, strict=True))
         return Failure(
             f"{labels[index]} could not open its sync channel to {', '.join(labels.values())} "

@@ -27,7 +27,7 @@ __all__ = [
 
 # One sync checks the blocks of one turn; after so many syncs every block has been checked.
 NUM_TURNS = 64
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 20
 # Pieces from this size on are messages of their own.
 _ALONE_BYTES = 1 << 18
 _PROCESS = LINKS.index("process")

@@ -201,7 +201,8 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
 
         torch.cuda.synchronize()
     # In a sync of the changed tensors only, the others are here since the last full one.
-    _check_digests(context, programs.full, call, targets, by_index)
+    with _all_cores(program):
+        _check_digests(context, programs.full, call, targets, by_index)
     if not call.is_double:
         _finish(context, call.version)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.sync.digest import compute_digest
+from chatlearn.sync.digest import compute_digests
 from scripts.bench.sync_gather import FullParameter, is_whole, region_in_full
 
 if TYPE_CHECKING:
@@ -284,9 +284,10 @@ def time_digests(context: WorkerContext, blocks: Sequence[Block]) -> float:
 
     live = _weights(context)
     start_s = time.perf_counter()
-    for block in blocks:
-        region = live[block.part.local_name][block.part.slices]
-        compute_digest(region.to(getattr(torch, block.dtype)))
+    compute_digests(
+        live[block.part.local_name][block.part.slices].to(getattr(torch, block.dtype))
+        for block in blocks
+    )
     return time.perf_counter() - start_s
 
 
