@@ -5,6 +5,7 @@ Megatron is imported once per process; each world sets up and takes down its own
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import traceback
@@ -80,3 +81,5 @@ def _run_in_world(path, rank, world_size, function, args):
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # Models hold their groups in reference cycles; each group left keeps threads that wake up.
+        gc.collect()
