@@ -1,21 +1,25 @@
+# pyright: standard, reportPrivateImportUsage=false
 """The attention core on torch's fused kernel, for training, scoring and generation."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from megatron_adapters.attention_plan import AttentionBlock, AttentionPlan
+from megatron_adapters.fused import rotate
 from megatron_adapters.kv_cache import CacheView
 
-__all__ = ["FusedAttention"]
+__all__ = ["FusedAttention", "attend", "has_window"]
 
 
 class FusedAttention(nn.Module):
     """Grouped-query attention through `scaled_dot_product_attention`.
 
     Stands where Megatron's DotProductAttention would. It looks up the key-value cache where the
-    mask is a CacheView; otherwise it is causal, as decoder models are.
+    mask is a CacheView; otherwise it attends within a packed stream, as its AttentionPlan says, and
+    applies the rotary positions that the plan holds.
 
     Args:
         config: Megatron's TransformerConfig.
@@ -38,13 +42,10 @@ class FusedAttention(nn.Module):
         **_others: Any,
     ) -> None:
         super().__init__()
-        del attn_mask_type, cp_comm_type, pg_collection
-        if config.context_parallel_size > 1:
-            raise ValueError("this attention core has no context parallelism: set it to 1")
-        if config.window_size is not None or config.softmax_type != "vanilla":
+        del attn_mask_type, cp_comm_type
+        if config.softmax_type != "vanilla":
             raise ValueError(
-                "this attention core has neither a sliding window nor another softmax: leave "
-                f"window_size and softmax_type out, got {config.window_size} and "
+                "this attention core has no other softmax: leave softmax_type out, got "
                 f"{config.softmax_type!r}"
             )
         if attention_type != "self":
@@ -53,16 +54,21 @@ class FusedAttention(nn.Module):
         self.softmax_scale = softmax_scale
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.dropout = float(dropout)
+        self.is_interleaved = bool(config.rotary_interleaved)
+        no_rope = config.no_rope_freq
+        self.has_rotary = not (no_rope and no_rope[layer_number - 1])
+        self.is_windowed = has_window(config, layer_number)
+        self.context_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | CacheView | None,
+        attention_mask: CacheView | None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: AttentionPlan | None = None,
     ) -> torch.Tensor:
         """Attend.
 
@@ -70,32 +76,47 @@ class FusedAttention(nn.Module):
             query: [tokens, batch, heads, size].
             key: [tokens, batch, groups, size].
             value: [tokens, batch, groups, size].
-            attention_mask: a CacheView; anything else is ignored, the mask is causal.
+            attention_mask: a CacheView, in generation; then the positions have been applied.
             attn_mask_type: unused.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: the plan of a packed stream, without a CacheView; batch is 1.
 
         Returns:
             [tokens, batch, heads * size].
         """
         del attn_mask_type
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("this attention core takes neither a bias nor packed sequences")
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if attention_bias is not None:
+            raise ValueError("this attention core takes no bias")
         if isinstance(attention_mask, CacheView):
+            query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             context = self._attend_cached(query, key, value, attention_mask)
-        else:
-            context = functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=key.shape[1] != query.shape[1],
+            batch, heads, tokens, size = context.shape
+            return context.permute(2, 0, 1, 3).reshape(tokens, batch, heads * size)
+        if not isinstance(packed_seq_params, AttentionPlan):
+            raise TypeError(
+                "this attention core needs an AttentionPlan as packed_seq_params, or a CacheView "
+                f"as attention_mask; got {type(packed_seq_params).__name__}"
             )
-        batch, heads, tokens, size = context.shape
-        return context.permute(2, 0, 1, 3).reshape(tokens, batch, heads * size)
+        return self._attend_packed(query, key, value, packed_seq_params)
+
+    def _attend_packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        if plan.cos is not None and plan.sin is not None and self.has_rotary:
+            query = rotate(query, plan.cos, plan.sin, is_interleaved=self.is_interleaved)
+            key = rotate(key, plan.cos, plan.sin, is_interleaved=self.is_interleaved)
+        group = self.context_group
+        if group is not None and group.size() > 1:
+            key, value = _gather_keys(key, value, group)
+        return attend(
+            query,
+            key,
+            value,
+            plan,
+            is_windowed=self.is_windowed,
+            dropout=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+        )
 
     def _attend_cached(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: CacheView
@@ -116,3 +137,84 @@ class FusedAttention(nn.Module):
             enable_gqa=query.shape[1] != groups,
         )
         return context.reshape(batch, heads, tokens, size)
+
+
+def has_window(config: Any, layer_number: int) -> bool:
+    """Whether a layer has a sliding window, by `window_size` and `window_attn_skip_freq`."""
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    return bool(
+        is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    is_windowed: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention within a packed stream.
+
+    Args:
+        query: [tokens, 1, heads, size], this rank's.
+        key: [stream, 1, groups, size], of all context-parallel ranks, rank after rank.
+        value: as `key`.
+        plan: who attends to whom.
+        is_windowed: use the sliding window that the plan was made for.
+        dropout: of the attention weights.
+        scale: factor of the scores; None: 1 / sqrt(size).
+
+    Returns:
+        [tokens, 1, heads * size].
+    """
+    outputs: list[torch.Tensor] = []
+    for block in plan.blocks:
+        queries = _take(query, block, block.queries)
+        keys, values = _take(key, block, block.keys), _take(value, block, block.keys)
+        mask = block.window_mask if is_windowed else block.mask
+        context = functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=keys.shape[1] != queries.shape[1],
+        )
+        outputs.append(context.transpose(1, 2).reshape(block.batch * block.num_queries, -1))
+    heads, size = query.shape[-2:]
+    if not outputs:
+        return query.new_zeros((len(query), 1, heads * size))
+    flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if plan.restore is not None:
+        flat = functional.embedding(plan.restore, flat)
+    return flat.view(-1, 1, heads * size)
+
+
+def _take(heads: torch.Tensor, block: AttentionBlock, indices: torch.Tensor | None) -> torch.Tensor:
+    """A block's part of [tokens, 1, heads, size] as [batch, heads, tokens of each, size]."""
+    count, size = heads.shape[-2:]
+    if block.first is not None:
+        stop = block.first + block.batch * block.num_queries
+        return heads[block.first : stop].view(block.batch, -1, count, size).transpose(1, 2)
+    # The gradient of an embedding adds up rows that are taken more than once, and does so fast.
+    taken = functional.embedding(cast("torch.Tensor", indices), heads.reshape(-1, count * size))
+    return taken.view(block.batch, -1, count, size).transpose(1, 2)
+
+
+def _gather_keys(
+    key: torch.Tensor, value: torch.Tensor, group: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all context-parallel ranks, in the order of the ranks."""
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    both = torch.cat([key, value], dim=2)
+    gathered: Any = gather_from_sequence_parallel_region(both, group=group)
+    groups = key.shape[2]
+    return gathered[:, :, :groups], gathered[:, :, groups:]

@@ -9,6 +9,7 @@ import torch
 
 from chatlearn.config.expert_layers import find_expert_layers
 from megatron_adapters.attention import FusedAttention
+from megatron_adapters.fused import SwiGLU
 from megatron_adapters.norm import FusedNorm
 
 __all__ = ["build_block_spec", "has_transformer_engine", "is_transformer_engine_installed"]
@@ -24,13 +25,12 @@ def is_transformer_engine_installed() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def build_block_spec(config: Any, vp_stage: int | None, *, use_cache: bool, use_te: bool) -> Any:
+def build_block_spec(config: Any, vp_stage: int | None, *, use_te: bool) -> Any:
     """The layers of one model chunk and its final norm, as Megatron's TransformerBlockSubmodules.
 
     Args:
         config: Megatron's TransformerConfig.
         vp_stage: the chunk's index within the pipeline stage; None without virtual stages.
-        use_cache: the model generates: attention must look up our key-value cache.
         use_te: make the layers of Transformer Engine's modules.
     """
     from megatron.core.transformer.transformer_block import (
@@ -45,10 +45,7 @@ def build_block_spec(config: Any, vp_stage: int | None, *, use_cache: bool, use_
     if config.num_moe_experts is not None:
         pattern = find_expert_layers(config.moe_layer_freq, config.num_layers)
     kinds = {pattern[number] for number in numbers}
-    layers = {
-        kind: _build_layer_spec(config, has_experts=kind, use_cache=use_cache, use_te=use_te)
-        for kind in kinds
-    }
+    layers = {kind: _build_layer_spec(config, has_experts=kind, use_te=use_te) for kind in kinds}
     norm: Any = FusedNorm
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -58,7 +55,7 @@ def build_block_spec(config: Any, vp_stage: int | None, *, use_cache: bool, use_
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
-def _build_layer_spec(config: Any, *, has_experts: bool, use_cache: bool, use_te: bool) -> Any:
+def _build_layer_spec(config: Any, *, has_experts: bool, use_te: bool) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
@@ -72,21 +69,35 @@ def _build_layer_spec(config: Any, *, has_experts: bool, use_cache: bool, use_te
     if use_te:
         layer = get_gpt_layer_with_transformer_engine_spec(**options)
         parts: Any = layer.submodules
-        if use_cache:
-            parts.self_attention.submodules.core_attention = FusedAttention
+        # Its own attention knows neither our packed streams nor our cache.
+        parts.self_attention.submodules.core_attention = FusedAttention
     else:
         layer = get_gpt_layer_local_spec(**options, normalization=config.normalization)
-        _use_own_parts(layer, has_qk_norm=bool(config.qk_layernorm))
+        _use_own_parts(layer, config)
     return layer
 
 
-def _use_own_parts(layer: Any, *, has_qk_norm: bool) -> None:
+def _use_own_parts(layer: Any, config: Any) -> None:
     parts = layer.submodules
     parts.input_layernorm = FusedNorm
     parts.pre_mlp_layernorm = FusedNorm
     attention = replace(parts.self_attention.submodules, core_attention=FusedAttention)
-    if has_qk_norm:
+    if config.qk_layernorm:
         attention = replace(attention, q_layernorm=FusedNorm, k_layernorm=FusedNorm)
     parts.self_attention.submodules = attention
+    if config.use_te_activation_func:
+        _use_own_activation(parts.mlp)
     # Without Transformer Engine's fused modules the norms keep their own names.
     parts.sharded_state_dict_keys_map = {}
+
+
+def _use_own_activation(spec: Any) -> None:
+    """Give every MLP below a spec, experts included, the fused activation."""
+    from megatron.core.transformer.mlp import MLPSubmodules
+
+    parts = getattr(spec, "submodules", None)
+    if isinstance(parts, MLPSubmodules):
+        parts.activation_func = SwiGLU  # type: ignore[assignment]
+    elif parts is not None:
+        for inner in vars(parts).values():
+            _use_own_activation(inner)

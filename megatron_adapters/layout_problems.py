@@ -27,6 +27,10 @@ def find_layout_problems(
             "a model that generates has no virtual stages: leave "
             "virtual_pipeline_model_parallel_size out"
         )
+    if is_generating and layout.cp_size > 1:
+        problems.append(
+            "a model that generates has no context parallelism: leave context_parallel_size out"
+        )
     has_experts = bool(fields.get("num_moe_experts"))
     if is_trained and has_experts and layout.tp_size > 1 and not fields.get("sequence_parallel"):
         problems.append(

@@ -1,4 +1,4 @@
-"""What the trainers minimise, as functions of a model's output and a padded micro-batch.
+"""What the trainers minimise, as functions of a model's output and a packed micro-batch.
 
 Every function gives a micro-batch's share of the global batch's loss and, beside it, sums that
 become the metrics of the step when they are added over micro-batches and ranks.
@@ -16,12 +16,10 @@ from chatlearn.algorithms.policy_loss import compute_policy_loss
 from chatlearn.algorithms.preference_loss import compute_dpo_loss, compute_pairwise_loss
 from chatlearn.algorithms.value_loss import compute_value_loss
 from chatlearn.config.schema import AlgorithmConfig
-from megatron_adapters.batches import PaddedBatch
+from megatron_adapters.packing import PackedBatch
 from megatron_adapters.pipeline import MicroBatchResult
-from megatron_adapters.vocab_parallel import TokenScores
 
 __all__ = [
-    "Scorer",
     "TrainLoss",
     "build_dpo_loss",
     "build_pairwise_loss",
@@ -29,8 +27,6 @@ __all__ = [
     "build_supervised_loss",
     "build_value_loss",
 ]
-
-Scorer = Callable[[torch.Tensor, PaddedBatch], TokenScores]
 
 
 @dataclass(frozen=True)
@@ -43,13 +39,12 @@ class TrainLoss:
     """
 
     names: tuple[str, ...]
-    function: Callable[[torch.Tensor, PaddedBatch], MicroBatchResult]
+    function: Callable[[torch.Tensor, PackedBatch], MicroBatchResult]
 
 
 def build_policy_loss(
     algorithm: AlgorithmConfig,
     totals: BatchTotals,
-    score: Scorer,
     *,
     kl_in_loss: bool,
     has_reference: bool,
@@ -67,10 +62,10 @@ def build_policy_loss(
         names = (*names, "kl")
     estimator = "k3" if algorithm.kl_estimator == "auto" else algorithm.kl_estimator
 
-    def function(logits: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
-        extras, scores = batch.extras, score(logits, batch)
+    def function(scores: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
+        extras, (scored, entropy) = batch.extras, scores
         mask = extras["loss_mask"].bool()
-        logprobs = torch.where(mask, scores.logprobs, 0.0)
+        logprobs = torch.where(mask, scored, 0.0)
         old_logprobs = extras.get("old_logprobs", logprobs.detach())
         policy = compute_policy_loss(
             logprobs,
@@ -81,14 +76,14 @@ def build_policy_loss(
         )
         weights = compute_token_weights(mask, algorithm.loss_aggregation, totals)
         policy_loss = (policy.loss * weights).sum()
-        loss = policy_loss - algorithm.entropy_coef * (scores.entropy * weights).sum()
+        loss = policy_loss - algorithm.entropy_coef * (entropy * weights).sum()
         if kl_in_loss:
             kl = estimate_kl(logprobs, extras["ref_logprobs"], estimator)
             loss = loss + algorithm.kl_coef * (kl * weights).sum()
         means = compute_token_weights(mask, "token_mean", totals)
         current = logprobs.detach()
         per_token = [
-            scores.entropy.detach(),
+            entropy.detach(),
             policy.is_clipped.float(),
             (policy.ratio - 1.0).abs(),
             estimate_kl(current, old_logprobs, "k3"),
@@ -102,26 +97,26 @@ def build_policy_loss(
     return TrainLoss(("loss", "policy_loss", *names), function)
 
 
-def build_supervised_loss(totals: BatchTotals, score: Scorer, aggregation: str) -> TrainLoss:
+def build_supervised_loss(totals: BatchTotals, aggregation: str) -> TrainLoss:
     """Cross entropy of the response tokens; extras: `loss_mask` [rows, length]."""
 
-    def function(logits: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
+    def function(scores: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
         mask = batch.extras["loss_mask"].bool()
         weights = compute_token_weights(mask, aggregation, totals)
-        loss = -(score(logits, batch).logprobs * weights).sum()
+        loss = -(scores[0] * weights).sum()
         return MicroBatchResult(loss, loss.detach().reshape(1))
 
     return TrainLoss(("loss",), function)
 
 
-def build_dpo_loss(beta: float, num_pairs: float, score: Scorer) -> TrainLoss:
+def build_dpo_loss(beta: float, num_pairs: float) -> TrainLoss:
     """DPO over pairs: a batch's first half of real rows are the chosen, the second the rejected.
 
     Extras: `ref_logprobs` [rows], summed over each response.
     """
 
-    def function(logits: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
-        logprobs = torch.where(batch.mask, score(logits, batch).logprobs, 0.0).sum(dim=1)
+    def function(scores: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
+        logprobs = torch.where(batch.mask, scores[0], 0.0).sum(dim=1)
         (chosen, rejected), (ref_chosen, ref_rejected) = (
             _halves(values, batch) for values in (logprobs, batch.extras["ref_logprobs"])
         )
@@ -138,10 +133,10 @@ def build_dpo_loss(beta: float, num_pairs: float, score: Scorer) -> TrainLoss:
 def build_value_loss(algorithm: AlgorithmConfig, totals: BatchTotals) -> TrainLoss:
     """The clipped value loss; extras: `loss_mask`, `old_values`, `returns`, each [rows, length]."""
 
-    def function(output: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
+    def function(output: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
         extras = batch.extras
         mask = extras["loss_mask"].bool()
-        values = torch.where(mask, output.squeeze(-1).float(), 0.0)
+        values = torch.where(mask, output[0], 0.0)
         losses = compute_value_loss(
             values, extras["old_values"], extras["returns"], algorithm.value_clip
         )
@@ -158,8 +153,8 @@ def build_value_loss(algorithm: AlgorithmConfig, totals: BatchTotals) -> TrainLo
 def build_pairwise_loss(num_pairs: float) -> TrainLoss:
     """The reward model's loss over pairs, laid out as for `build_dpo_loss`."""
 
-    def function(output: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
-        rewards = batch.last_token_values(output.squeeze(-1).float())
+    def function(output: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
+        rewards = output[0].squeeze(-1)
         chosen, rejected = _halves(rewards, batch)
         loss = compute_pairwise_loss(chosen, rejected).sum() / max(num_pairs, 1.0)
         margins = (chosen - rejected).detach()
@@ -169,7 +164,7 @@ def build_pairwise_loss(num_pairs: float) -> TrainLoss:
     return TrainLoss(("loss", "accuracy", "margin"), function)
 
 
-def _halves(values: torch.Tensor, batch: PaddedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def _halves(values: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-row values of the chosen and of the rejected rows."""
     half = batch.num_rows // 2
     return values[:half], values[half : batch.num_rows]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from chatlearn.config.model_fields import MODEL_FIELDS
 from chatlearn.errors import ConfigError
@@ -124,9 +125,13 @@ def build_settings(
         with warnings.catch_warnings():
             # Megatron warns about its own defaults.
             warnings.simplefilter("ignore", UserWarning)
-            return _build(transformer, optimizer, ddp, own, layout)
+            settings = _build(transformer, optimizer, ddp, own, layout)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"models.{name}: Megatron refuses the fields: {error}") from error
+    if not (has_te and device.type == "cuda") and _is_plain_swiglu(settings.transformer):
+        # Megatron's own switch for an activation that is a module; the layer spec has ours.
+        settings.transformer.use_te_activation_func = True
+    return settings
 
 
 def _build(
@@ -170,7 +175,7 @@ def _transformer_defaults(
         "fp16": dtype == torch.float16,
         "normalization": "RMSNorm",
         "gated_linear_unit": is_gated,
-        "activation_func": torch.nn.functional.silu if is_gated else torch.nn.functional.gelu,
+        "activation_func": functional.silu if is_gated else functional.gelu,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -188,6 +193,12 @@ def _transformer_defaults(
     if "num_moe_experts" in fields:
         defaults["moe_token_dispatcher_type"] = "alltoall"
     return defaults
+
+
+def _is_plain_swiglu(config: Any) -> bool:
+    is_gated_silu = config.gated_linear_unit and config.activation_func is functional.silu
+    is_plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0
+    return is_gated_silu and is_plain and not config.bias_activation_fusion
 
 
 def _shape(own: Mapping[str, Any], layout: ParallelLayout) -> ModelShape:

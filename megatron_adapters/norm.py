@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from megatron_adapters.fused import rms_norm
+
 __all__ = ["FusedNorm"]
 
 
@@ -42,7 +44,8 @@ class FusedNorm(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis; shape and dtype stay."""
-        weight = self.weight + 1.0 if self.is_zero_centered else self.weight
+        offset = 1.0 if self.is_zero_centered else 0.0
         if self.bias is None:
-            return functional.rms_norm(hidden, self.shape, weight, self.eps)
+            return rms_norm(hidden, self.weight, self.eps, offset=offset)
+        weight = self.weight + offset if offset else self.weight
         return functional.layer_norm(hidden, self.shape, weight, self.bias, self.eps)

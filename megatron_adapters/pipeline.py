@@ -2,12 +2,12 @@
 """Runs micro-batches through Megatron's pipeline schedules, forward only or with gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from megatron_adapters.batches import PaddedBatch
+from megatron_adapters.packing import PackedBatch
 from megatron_adapters.parallel_state import ParallelGroups
 
 __all__ = ["MicroBatchResult", "run_forward", "run_forward_backward"]
@@ -26,28 +26,28 @@ class MicroBatchResult:
     kept: Any
 
 
-LossFunction = Callable[[torch.Tensor, PaddedBatch], MicroBatchResult]
+LossFunction = Callable[[torch.Tensor, PackedBatch], MicroBatchResult]
 
 
 def run_forward(
     chunks: Sequence[Any],
-    batches: Sequence[PaddedBatch],
-    compute: Callable[[torch.Tensor, PaddedBatch], Any],
+    batches: Sequence[PackedBatch],
+    compute: Callable[[torch.Tensor, PackedBatch], Any],
     groups: ParallelGroups,
 ) -> list[Any]:
     """`compute(output, batch)` for each micro-batch, without gradients.
 
     Args:
         chunks: the model chunks of this rank.
-        batches: padded to one shape.
-        compute: gets the model's output [rows, length, ...]; runs on the last stage.
+        batches: of one length where there are several stages.
+        compute: gets the model's output, see `PackedModel.forward`; runs on the last stage.
         groups: of this rank.
 
     Returns:
         The results in order on the last stage; nothing elsewhere.
     """
 
-    def as_loss(output: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
+    def as_loss(output: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
         return MicroBatchResult(output.new_zeros(()), compute(output, batch))
 
     with torch.no_grad():
@@ -56,7 +56,7 @@ def run_forward(
 
 def run_forward_backward(
     chunks: Sequence[Any],
-    batches: Sequence[PaddedBatch],
+    batches: Sequence[PackedBatch],
     loss_function: LossFunction,
     groups: ParallelGroups,
 ) -> list[Any]:
@@ -64,11 +64,13 @@ def run_forward_backward(
 
     The schedule divides every loss by the number of micro-batches, and gradient reduction divides
     by the data-parallel size; both are undone here, so the gradient is that of the plain sum of
-    the losses over all micro-batches and ranks.
+    the losses over all micro-batches and data-parallel ranks. (Context-parallel ranks all have the
+    whole loss and the gradient of their own tokens; the schedule multiplies by their number what
+    the reduction divides by it.)
     """
-    scale = float(len(batches) * groups.data_with_context.size())
+    scale = float(len(_fill_pipeline(batches, groups)) * groups.data.size())
 
-    def scaled(output: torch.Tensor, batch: PaddedBatch) -> MicroBatchResult:
+    def scaled(output: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
         result = loss_function(output, batch)
         return MicroBatchResult(result.loss * scale, result.kept)
 
@@ -77,7 +79,7 @@ def run_forward_backward(
 
 def _run(
     chunks: Sequence[Any],
-    batches: Sequence[PaddedBatch],
+    batches: Sequence[PackedBatch],
     loss_function: LossFunction,
     groups: ParallelGroups,
     *,
@@ -87,9 +89,9 @@ def _run(
 
     padded = _fill_pipeline(batches, groups)
 
-    def forward_step(iterator: Iterator[PaddedBatch], model: Any) -> tuple[torch.Tensor, Any]:
+    def forward_step(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
-        output = model(batch.token_ids, batch.position_ids, None)
+        output = model(batch)
 
         def finish(result: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
             found = loss_function(result, batch)
@@ -99,34 +101,25 @@ def _run(
         return output, finish
 
     iterators: Any = [iter(padded) for _ in chunks]
-    rows, length = padded[0].token_ids.shape
     store = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(padded),
-        seq_length=length,
-        micro_batch_size=rows,
+        seq_length=padded[0].num_stream_tokens,
+        micro_batch_size=1,
         forward_only=forward_only,
     )
     return [entry["kept"] for entry in store][: len(batches)]
 
 
-def _fill_pipeline(batches: Sequence[PaddedBatch], groups: ParallelGroups) -> list[PaddedBatch]:
+def _fill_pipeline(batches: Sequence[PackedBatch], groups: ParallelGroups) -> list[PackedBatch]:
     """Virtual stages need a multiple of the pipeline's length: fill with masked batches."""
     padded = list(batches)
     if groups.layout.vpp_size > 1:
         while len(padded) % groups.layout.pp_size:
             last = padded[-1]
-            empty = {key: torch.zeros_like(value) for key, value in last.extras.items()}
-            padded.append(
-                PaddedBatch(
-                    last.token_ids,
-                    last.position_ids,
-                    last.targets,
-                    torch.zeros_like(last.mask),
-                    0,
-                    empty,
-                )
-            )
+            extras = {key: torch.zeros_like(value) for key, value in last.extras.items()}
+            mask = torch.zeros_like(last.mask)
+            padded.append(replace(last, mask=mask, num_rows=0, extras=extras))
     return padded

@@ -21,7 +21,7 @@ class MegatronRunner:
     point; sampled tokens come back from the last stage by broadcast.
 
     Args:
-        chunks: from `build_model(..., use_cache=True)`.
+        chunks: from `build_model`.
         settings: Megatron's configuration objects.
         groups: of this rank.
         num_slots: sequences in flight.

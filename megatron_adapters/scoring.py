@@ -5,58 +5,38 @@ from typing import Any
 
 import torch
 
-from megatron_adapters.batches import PaddedBatch
+from megatron_adapters.packing import PackedBatch
 from megatron_adapters.parallel_state import ParallelGroups
 from megatron_adapters.pipeline import run_forward
-from megatron_adapters.vocab_parallel import score_tokens
 
-__all__ = ["score_logprobs", "score_rewards", "score_values"]
+__all__ = ["score_rows", "score_tokens_of_rows"]
 
 
-def score_logprobs(
-    chunks: Sequence[Any],
-    batches: Sequence[PaddedBatch],
-    groups: ParallelGroups,
-    *,
-    vocab_size: int,
-    temperature: float,
+def score_tokens_of_rows(
+    chunks: Sequence[Any], batches: Sequence[PackedBatch], groups: ParallelGroups
 ) -> list[torch.Tensor]:
-    """Log-probabilities of the response tokens.
+    """What the head says of each response token: log-probabilities, or values before it.
 
     Returns:
-        On the last stage [rows, length] float32 per micro-batch, at predicting positions.
+        On the last stage one 1-D float32 tensor per row, as long as its response; else nothing.
     """
 
-    def compute(logits: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-        scores = score_tokens(
-            logits,
-            batch.targets,
-            vocab_size=vocab_size,
-            temperature=temperature,
-            group=groups.tensor,
-        )
-        return torch.where(batch.mask, scores.logprobs, 0.0)
+    def compute(output: torch.Tensor, batch: PackedBatch) -> list[torch.Tensor]:
+        return batch.split(output[0])
 
-    return run_forward(chunks, batches, compute, groups)
+    return [row for rows in run_forward(chunks, batches, compute, groups) for row in rows]
 
 
-def score_values(
-    chunks: Sequence[Any], batches: Sequence[PaddedBatch], groups: ParallelGroups
+def score_rows(
+    chunks: Sequence[Any], batches: Sequence[PackedBatch], groups: ParallelGroups
 ) -> list[torch.Tensor]:
-    """Values of the states before each response token: [rows, length] on the last stage."""
+    """What a scalar head says at each row's last token, packed with `reads_last`.
 
-    def compute(output: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-        return torch.where(batch.mask, output.squeeze(-1).float(), 0.0)
+    Returns:
+        On the last stage one float32 number per row; else nothing.
+    """
 
-    return run_forward(chunks, batches, compute, groups)
+    def compute(output: torch.Tensor, batch: PackedBatch) -> list[torch.Tensor]:
+        return list(output[0, : batch.num_rows, 0].cpu())
 
-
-def score_rewards(
-    chunks: Sequence[Any], batches: Sequence[PaddedBatch], groups: ParallelGroups
-) -> list[torch.Tensor]:
-    """One number per row, read at its last token: [rows] on the last stage."""
-
-    def compute(output: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-        return batch.last_token_values(output.squeeze(-1).float())
-
-    return run_forward(chunks, batches, compute, groups)
+    return [row for rows in run_forward(chunks, batches, compute, groups) for row in rows]

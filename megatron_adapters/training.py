@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from chatlearn.errors import NumericsError
-from megatron_adapters.batches import PaddedBatch
 from megatron_adapters.model_config import MegatronSettings
+from megatron_adapters.packing import PackedBatch
 from megatron_adapters.parallel_state import ParallelGroups
 from megatron_adapters.pipeline import MicroBatchResult, run_forward_backward
 
@@ -74,8 +74,8 @@ def build_training_state(
 
 def train_batch(
     state: TrainingState,
-    batches: Sequence[PaddedBatch],
-    loss_function: Callable[[torch.Tensor, PaddedBatch], MicroBatchResult],
+    batches: Sequence[PackedBatch],
+    loss_function: Callable[[torch.Tensor, PackedBatch], MicroBatchResult],
     num_sums: int,
 ) -> StepResult:
     """Forward, backward, clip, update.
@@ -115,8 +115,8 @@ def train_batch(
 def reduce_over_data(sums: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
     """Add a tensor over the data-parallel ranks, in float64."""
     total = sums.double()
-    if groups.data_with_context.size() > 1:
-        dist.all_reduce(total, group=groups.data_with_context)
+    if groups.data.size() > 1:
+        dist.all_reduce(total, group=groups.data)
     return total
 
 

@@ -20,11 +20,11 @@ class TokenScores:
 
     Attributes:
         logprobs: log-probability of the target.
-        entropy: of the whole distribution, nats.
+        entropy: of the whole distribution, nats; None where it was not asked for.
     """
 
     logprobs: torch.Tensor
-    entropy: torch.Tensor
+    entropy: torch.Tensor | None
 
 
 def score_tokens(
@@ -34,6 +34,7 @@ def score_tokens(
     vocab_size: int,
     temperature: float,
     group: dist.ProcessGroup,
+    has_entropy: bool = True,
 ) -> TokenScores:
     """Score target tokens; every rank of the group gets the same result.
 
@@ -44,11 +45,12 @@ def score_tokens(
             not depend on how the vocabulary was padded.
         temperature: divides the logits; 0 counts as 1.
         group: the tensor-parallel ranks.
+        has_entropy: compute the entropy, too.
     """
-    scaled = logits.float() / (temperature or 1.0)
     first = group.rank() * logits.shape[-1]
-    logprobs, entropy = _ScoreTokens.apply(scaled, targets, first, vocab_size, group)
-    return TokenScores(logprobs, entropy)
+    scale = 1.0 / (temperature or 1.0)
+    scores = _ScoreTokens.apply(logits, targets, scale, first, vocab_size, group, has_entropy)
+    return TokenScores(scores[0], scores[1] if has_entropy else None)
 
 
 class _ScoreTokens(torch.autograd.Function):
@@ -57,49 +59,54 @@ class _ScoreTokens(torch.autograd.Function):
         ctx: Any,
         logits: torch.Tensor,
         targets: torch.Tensor,
+        scale: float,
         first: int,
         vocab_size: int,
         group: dist.ProcessGroup,
+        has_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         share = logits.shape[-1]
+        scaled = torch.mul(logits.float(), scale)
         real = max(0, min(share, vocab_size - first))
         if real < share:
-            logits = logits.clone()
-            logits[..., real:] = torch.finfo(logits.dtype).min
-        peak = logits.amax(-1)
+            scaled[..., real:] = -1e4
+        peak = scaled.amax(-1)
         _reduce(peak, group, dist.ReduceOp.MAX)
-        logits = logits - peak.unsqueeze(-1)
-        probabilities = logits.exp()
+        scaled -= peak.unsqueeze(-1)
         is_here = (targets >= first) & (targets < first + share)
         local = torch.where(is_here, targets - first, 0)
-        picked = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
-        sums = torch.stack(
-            [
-                probabilities.sum(-1),
-                torch.where(is_here, picked, 0.0),
-                (probabilities * logits.clamp(min=-1e4)).sum(-1),
-            ]
-        )
-        _reduce(sums, group, dist.ReduceOp.SUM)
-        mass, target_logit, weighted = sums
-        log_mass = mass.log()
-        probabilities /= mass.unsqueeze(-1)
-        entropy = log_mass - weighted / mass
-        ctx.save_for_backward(probabilities, logits, log_mass, entropy, local, is_here)
-        return target_logit - log_mass, entropy
+        picked = scaled.gather(-1, local.unsqueeze(-1)).squeeze(-1)
+        weights = scaled.exp()
+        sums = [weights.sum(-1), torch.where(is_here, picked, 0.0)]
+        if has_entropy:
+            sums.append(torch.mul(weights, scaled, out=weights).sum(-1))
+        total = torch.stack(sums)
+        _reduce(total, group, dist.ReduceOp.SUM)
+        log_mass = total[0].log()
+        entropy = log_mass - total[2] / total[0] if has_entropy else log_mass
+        scaled -= log_mass.unsqueeze(-1)
+        ctx.save_for_backward(scaled, entropy, local, is_here)
+        ctx.scale, ctx.dtype = scale, logits.dtype
+        return total[1] - log_mass, entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         logprob_gradient, entropy_gradient = gradients
-        probabilities, logits, log_mass, entropy, local, is_here = ctx.saved_tensors
-        gradient = -probabilities * logprob_gradient.unsqueeze(-1)
+        log_probabilities, entropy, local, is_here = ctx.saved_tensors
+        probabilities = log_probabilities.exp()
+        # -p * (g + h * (log p + H)), with g and h the gradients of log-probability and entropy.
+        if torch.count_nonzero(entropy_gradient):
+            constant = logprob_gradient + entropy_gradient * entropy
+            factor = log_probabilities * entropy_gradient.unsqueeze(-1)
+            factor += constant.unsqueeze(-1)
+            gradient = probabilities.mul_(factor).neg_()
+        else:
+            gradient = probabilities.mul_(logprob_gradient.neg().unsqueeze(-1))
         own = torch.where(is_here, logprob_gradient, 0.0).unsqueeze(-1)
         gradient.scatter_add_(-1, local.unsqueeze(-1), own)
-        if torch.count_nonzero(entropy_gradient):
-            log_probabilities = (logits - log_mass.unsqueeze(-1)).clamp(min=-1e4)
-            slope = -probabilities * (log_probabilities + entropy.unsqueeze(-1))
-            gradient += slope * entropy_gradient.unsqueeze(-1)
-        return gradient, None, None, None, None
+        if ctx.scale != 1.0:
+            gradient *= ctx.scale
+        return gradient.to(ctx.dtype), None, None, None, None, None, None
 
 
 def _reduce(tensor: torch.Tensor, group: dist.ProcessGroup, operation: Any) -> None:

@@ -56,11 +56,6 @@ def _check_model(name: str, model: ModelConfig) -> Iterator[str]:
             f"{path}: a CPU-only model has TP = PP = CP = 1 and num_cpu={model.num_cpu} a multiple "
             f"of cpu_per_process={model.cpu_per_process}; got TP x PP x CP = {ranks}"
         )
-    if cp > 1:
-        yield (
-            f"{path}: context_parallel_size={cp}: rows are not cut along their length yet; use "
-            "tensor_model_parallel_size with sequence_parallel, or recompute_granularity"
-        )
     if ep > 1 and not model.megatron.get("num_moe_experts"):
         yield f"{path}: expert_model_parallel_size={ep} needs num_moe_experts"
     experts = model.megatron.get("num_moe_experts")

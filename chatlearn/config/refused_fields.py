@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REFUSED_FIELDS", "REFUSED_PREFIXES", "find_refused_fields", "why_refused"]
 
-_CONTEXT = "context parallelism is not there yet; use sequence_parallel"
+_CONTEXT = "keys and values are gathered; set context_parallel_size only"
 _FSDP = "use use_distributed_optimizer"
 _GENERATION = "generation has a key-value cache of its own; see generation"
 _HYBRID = "only attention layers are built; leave it out"
@@ -25,7 +25,6 @@ _NORM = "the norm is torch's or Transformer Engine's; leave it out"
 _OFFLOAD = "the optimizer stays on the device; use use_distributed_optimizer"
 _OVERLAP = "layers of two micro-batches do not overlap; leave it out"
 _PRECISION = "use bf16"
-_WINDOW = "attention looks at all earlier tokens; leave it out"
 
 REFUSED_PREFIXES: dict[str, str] = {
     "cuda_graph": "CUDA graphs are not captured; leave it out",
@@ -144,8 +143,6 @@ REFUSED_FIELDS: dict[str, str] = {
     "use_te_rng_tracker": "leave it out",
     "use_torch_optimizer_for_cpu_offload": _OFFLOAD,
     "v_head_dim": _LATENT,
-    "window_attn_skip_freq": _WINDOW,
-    "window_size": _WINDOW,
 }
 # These two are so already; any other value would have no effect.
 _FIXED: dict[str, tuple[object, str]] = {

@@ -12,7 +12,7 @@ from chatlearn.models.base import BaseModule
 from chatlearn.models.plain_weights import HUGGINGFACE
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
-from megatron_adapters.batches import PaddedBatch, Rows, check_token_ids, pad_micro_batches
+from megatron_adapters.batches import Rows, check_token_ids
 from megatron_adapters.layer_specs import (
     has_transformer_engine,
     is_transformer_engine_installed,
@@ -20,6 +20,12 @@ from megatron_adapters.layer_specs import (
 from megatron_adapters.layout_problems import find_layout_problems
 from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import MegatronSettings, build_settings
+from megatron_adapters.packing import (
+    PackedBatch,
+    PackingOptions,
+    pack_micro_batches,
+    split_by_tokens,
+)
 from megatron_adapters.parallel_state import (
     ParallelGroups,
     initialize_parallel_state,
@@ -41,6 +47,9 @@ if TYPE_CHECKING:
 
 __all__ = ["MegatronModule"]
 
+# Tokens of one forward pass without gradients.
+_SCORING_TOKENS = 8192
+
 
 class MegatronModule(BaseModule):
     """One Megatron-Core model. Subclasses set `head`, `is_trained` and `use_cache`.
@@ -49,6 +58,7 @@ class MegatronModule(BaseModule):
         head: `lm` gives logits, `scalar` one number per token.
         is_trained: builds optimizer and schedule.
         use_cache: the model generates.
+        reads_last: a scalar head is read at a row's last token, not before each response token.
         settings: Megatron's configuration objects, after `initialize`.
         groups: this rank's process groups, after `initialize`.
         model: the model chunks of this rank, after `setup`.
@@ -58,6 +68,7 @@ class MegatronModule(BaseModule):
     head: ClassVar[Head] = "lm"
     is_trained: ClassVar[bool] = False
     use_cache: ClassVar[bool] = False
+    reads_last: ClassVar[bool] = False
     weight_naming: str = "megatron"
 
     settings: MegatronSettings
@@ -87,7 +98,6 @@ class MegatronModule(BaseModule):
             head=self.head,
             seed=self.runtime_args.seed,
             is_trained=self.is_trained,
-            use_cache=self.use_cache,
         )
         if self.is_trained:
             self.training = build_training_state(self.name, self.model, self.settings, self.groups)
@@ -116,18 +126,51 @@ class MegatronModule(BaseModule):
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    def pad(self, micro_batches: Sequence[Rows]) -> list[PaddedBatch]:
-        """Pad micro-batches to one shape for this rank's pipeline."""
+    def pack(self, micro_batches: Sequence[Rows], *, temperature: float = 1.0) -> list[PackedBatch]:
+        """Pack micro-batches to streams for this rank's pipeline."""
         vocab_size = self.settings.shape.vocab_size
         for rows in micro_batches:
             check_token_ids((*rows.prompts, *rows.responses), vocab_size)
-        is_sharded = self.settings.transformer.sequence_parallel
-        return pad_micro_batches(
-            micro_batches,
-            multiple=self.layout.tp_size if is_sharded else 1,
+        return pack_micro_batches(micro_batches, self.packing, temperature=temperature)
+
+    def pack_for_scoring(self, rows: Rows, *, temperature: float = 1.0) -> list[PackedBatch]:
+        """Cut rows to micro-batches by tokens, and pack them; a pipeline gets enough to be full."""
+        stages = self.layout.pp_size
+        least = 2 * stages if stages > 1 else 1
+        parts = split_by_tokens(rows, _SCORING_TOKENS, least)
+        return self.pack(parts, temperature=temperature)
+
+    @property
+    def packing(self) -> PackingOptions:
+        """How this model wants its streams."""
+        transformer, layout = self.settings.transformer, self.layout
+        window = transformer.window_size
+        return PackingOptions(
             max_length=self.settings.shape.max_sequence_length,
+            multiple=layout.tp_size if transformer.sequence_parallel else 1,
+            is_uniform=layout.pp_size > 1,
+            shares_prompts=self._shares_prompts(),
+            reads_last=self.reads_last,
+            context_size=layout.cp_size,
+            context_rank=self.groups.coordinates.cp_rank,
+            window=window[0] if window else None,
+            dtype=transformer.params_dtype,
             device=self.device,
         )
+
+    def _shares_prompts(self) -> bool:
+        """Whether a token's result depends on its past only, not on what else is in the batch.
+
+        Dropout would be the same for all that share a prompt; a load-balancing loss or a capacity
+        of experts counts tokens.
+        """
+        transformer = self.settings.transformer
+        has_dropout = max(transformer.hidden_dropout, transformer.attention_dropout) > 0
+        counts = bool(transformer.num_moe_experts) and (
+            transformer.moe_router_load_balancing_type != "none"
+            or transformer.moe_expert_capacity_factor is not None
+        )
+        return not (self.is_trained and has_dropout) and not counts
 
     def weight_shards(self) -> tuple[TensorShard, ...]:
         """This rank's shards, by Megatron's own description."""

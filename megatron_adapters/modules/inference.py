@@ -8,17 +8,11 @@ import torch
 
 from chatlearn.generation.generator import GenerationRequest, GenerationResult, Generator
 from chatlearn.generation.sampling import SamplingParams
-from megatron_adapters.batches import (
-    PaddedBatch,
-    Rows,
-    check_token_ids,
-    read_rows,
-    read_temperature,
-)
+from megatron_adapters.batches import Rows, check_token_ids, read_rows, read_temperature
 from megatron_adapters.modules.base import MegatronModule
 from megatron_adapters.modules.text_rows import build_text_dataset
 from megatron_adapters.runner import MegatronRunner
-from megatron_adapters.scoring import score_logprobs, score_rewards, score_values
+from megatron_adapters.scoring import score_rows, score_tokens_of_rows
 
 __all__ = ["PolicyInference", "PolicyReference", "RewardInference", "ValueInference"]
 
@@ -117,9 +111,11 @@ class _ScoringModule(_TextModule):
         """The same as `forward_step`."""
         return self.forward_step(data)
 
-    def pad_one(self, rows: Rows) -> PaddedBatch:
-        """One micro-batch."""
-        return self.pad([rows])[0]
+    def score(self, rows: Rows, temperature: float = 1.0) -> list[torch.Tensor]:
+        """A number for each response token; meaningless off the last stage."""
+        batches = self.pack_for_scoring(rows, temperature=temperature)
+        scores = score_tokens_of_rows(self.model, batches, self.groups)
+        return scores or [torch.empty(0)] * len(rows)
 
 
 class PolicyReference(_ScoringModule):
@@ -132,28 +128,16 @@ class PolicyReference(_ScoringModule):
         `chosen_ref_logprobs` and `rejected_ref_logprobs`.
         """
         temperature = read_temperature(data)
-        if "chosen_token_ids" in data:
-            chosen = self._logprobs(read_rows(data, response_key="chosen_token_ids"), temperature)
-            rejected = self._logprobs(
-                read_rows(data, response_key="rejected_token_ids"), temperature
-            )
-            return {
-                **data,
-                "chosen_ref_logprobs": [row.sum() for row in chosen],
-                "rejected_ref_logprobs": [row.sum() for row in rejected],
-            }
-        return {**data, "ref_logprobs": self._logprobs(read_rows(data), temperature)}
-
-    def _logprobs(self, rows: Rows, temperature: float) -> list[torch.Tensor]:
-        batch = self.pad_one(rows)
-        scores = score_logprobs(
-            self.model,
-            [batch],
-            self.groups,
-            vocab_size=self.settings.shape.vocab_size,
-            temperature=temperature,
-        )
-        return batch.split(scores[0]) if scores else [torch.empty(0)] * len(rows)
+        if "chosen_token_ids" not in data:
+            return {**data, "ref_logprobs": self.score(read_rows(data), temperature)}
+        chosen = read_rows(data, response_key="chosen_token_ids")
+        rejected = read_rows(data, response_key="rejected_token_ids")
+        # Both responses of a pair in turn, so that they share their prompt.
+        prompts = [prompt for prompt in chosen.prompts for _ in range(2)]
+        pairs = zip(chosen.responses, rejected.responses, strict=True)
+        both = Rows(prompts, [response for pair in pairs for response in pair])
+        sums = [row.sum() for row in self.score(both, temperature)]
+        return {**data, "chosen_ref_logprobs": sums[::2], "rejected_ref_logprobs": sums[1::2]}
 
 
 class ValueInference(_ScoringModule):
@@ -163,22 +147,17 @@ class ValueInference(_ScoringModule):
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Adds `values`: of the state before each response token."""
-        rows = read_rows(data)
-        batch = self.pad_one(rows)
-        scores = score_values(self.model, [batch], self.groups)
-        values = batch.split(scores[0]) if scores else [torch.empty(0)] * len(rows)
-        return {**data, "values": values}
+        return {**data, "values": self.score(read_rows(data))}
 
 
 class RewardInference(_ScoringModule):
     """A reward model: one number per response, read at its last token."""
 
     head = "scalar"
+    reads_last = True
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Adds `rewards`."""
         rows = read_rows(data)
-        batch = self.pad_one(rows)
-        scores = score_rewards(self.model, [batch], self.groups)
-        rewards = scores[0][: len(rows)].cpu() if scores else torch.zeros(len(rows))
-        return {**data, "rewards": rewards}
+        scores = score_rows(self.model, self.pack_for_scoring(rows), self.groups)
+        return {**data, "rewards": torch.stack(scores) if scores else torch.zeros(len(rows))}

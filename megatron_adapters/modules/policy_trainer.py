@@ -7,16 +7,14 @@ import torch
 from chatlearn.algorithms.advantages import whiten
 from chatlearn.data.rows import RowId
 from chatlearn.errors import ConfigError, DataError, NumericsError
-from megatron_adapters.batches import PaddedBatch, read_temperature
 from megatron_adapters.losses import (
-    Scorer,
     build_dpo_loss,
     build_policy_loss,
     build_supervised_loss,
 )
 from megatron_adapters.modules.trainer import Columns, TrainerModule, kl_enters
-from megatron_adapters.scoring import score_logprobs
-from megatron_adapters.vocab_parallel import TokenScores, score_tokens
+from megatron_adapters.packing import PackedBatch
+from megatron_adapters.scoring import score_tokens_of_rows
 
 __all__ = ["PolicyTrainer"]
 
@@ -55,16 +53,9 @@ class PolicyTrainer(TrainerModule):
         self._old_logprobs = {}
         self._is_first_update = True
         for data, row_ids in zip(batches, self.row_ids, strict=True):
-            padded = self.pad_responses(data)
-            scores = score_logprobs(
-                self.model,
-                padded,
-                self.groups,
-                vocab_size=self.settings.shape.vocab_size,
-                temperature=read_temperature(*data),
-            )
-            for batch, ids, found in zip(padded, row_ids, scores, strict=False):
-                self._old_logprobs.update(zip(ids, batch.split(found), strict=True))
+            scores = score_tokens_of_rows(self.model, self.pack_responses(data), self.groups)
+            ids = [row_id for some in row_ids for row_id in some]
+            self._old_logprobs.update(zip(ids, scores, strict=bool(scores)))
 
     def train_step(self, data: list[Columns]) -> dict[str, float]:
         """One update on this rank's part of a global batch."""
@@ -84,7 +75,7 @@ class PolicyTrainer(TrainerModule):
         has_critic = "advantages" not in data[0]
         entry = kl_enters(self.algorithm, has_critic=has_critic)
         self._require_columns(data[0], entry, has_critic=has_critic)
-        batches = self.pad_responses(data, *_ROLLOUT_COLUMNS)
+        batches = self.pack_responses(data, *_ROLLOUT_COLUMNS)
         totals = self.count_tokens(batches)
         if self.groups.is_last_stage:
             self._add_old_logprobs(batches)
@@ -93,7 +84,6 @@ class PolicyTrainer(TrainerModule):
         loss = build_policy_loss(
             self.algorithm,
             totals,
-            self._scorer(data),
             kl_in_loss=entry == "loss",
             has_reference="ref_logprobs" in data[0],
         )
@@ -118,32 +108,18 @@ class PolicyTrainer(TrainerModule):
     def _train_dpo(self, data: list[Columns]) -> dict[str, float]:
         for columns in data:
             self.require_columns(columns, "chosen_ref_logprobs", "rejected_ref_logprobs")
-        batches = self.pad_pairs(data, "ref_logprobs")
+        batches = self.pack_pairs(data, "ref_logprobs")
         num_pairs = self.count_rows(data)
-        loss = build_dpo_loss(self.algorithm.dpo_beta, num_pairs, self._scorer(data))
+        loss = build_dpo_loss(self.algorithm.dpo_beta, num_pairs)
         return {**self.update(batches, loss), "num_pairs": num_pairs}
 
     def _train_supervised(self, data: list[Columns]) -> dict[str, float]:
-        batches = self.pad_responses(data)
+        batches = self.pack_responses(data)
         totals = self.count_tokens(batches)
-        loss = build_supervised_loss(totals, self._scorer(data), self.algorithm.loss_aggregation)
+        loss = build_supervised_loss(totals, self.algorithm.loss_aggregation)
         return {**self.update(batches, loss), "num_tokens": totals.num_tokens}
 
-    def _scorer(self, data: Sequence[Columns]) -> Scorer:
-        temperature = read_temperature(*data)
-
-        def score(logits: torch.Tensor, batch: PaddedBatch) -> TokenScores:
-            return score_tokens(
-                logits,
-                batch.targets,
-                vocab_size=self.settings.shape.vocab_size,
-                temperature=temperature,
-                group=self.groups.tensor,
-            )
-
-        return score
-
-    def _add_old_logprobs(self, batches: Sequence[PaddedBatch]) -> None:
+    def _add_old_logprobs(self, batches: Sequence[PackedBatch]) -> None:
         """The denominator of the ratio, as `runtime.algorithm.old_logprobs` says."""
         if self.algorithm.old_logprobs == "rollout":
             for batch in batches:
@@ -159,7 +135,7 @@ class PolicyTrainer(TrainerModule):
                 )
             batch.extras["old_logprobs"] = batch.align(self._old_logprobs[i] for i in ids)
 
-    def _add_advantages(self, batches: Sequence[PaddedBatch]) -> None:
+    def _add_advantages(self, batches: Sequence[PackedBatch]) -> None:
         advantages = [self.estimate_returns(batch).advantages for batch in batches]
         if self.algorithm.whiten_advantages:
             masks = [batch.extras["loss_mask"].bool() for batch in batches]

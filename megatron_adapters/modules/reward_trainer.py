@@ -10,9 +10,10 @@ class RewardTrainer(TrainerModule):
     """Gives the chosen response of a pair a higher number than the rejected one."""
 
     head = "scalar"
+    reads_last = True
 
     def train_step(self, data: list[Columns]) -> dict[str, float]:
         """One update on this rank's part of a global batch of pairs."""
-        batches = self.pad_pairs(data)
+        batches = self.pack_pairs(data)
         num_pairs = self.count_rows(data)
         return {**self.update(batches, build_pairwise_loss(num_pairs)), "num_pairs": num_pairs}

@@ -16,10 +16,11 @@ from chatlearn.algorithms.aggregate import BatchTotals
 from chatlearn.algorithms.kl import estimate_kl
 from chatlearn.algorithms.rewards import spread_rewards
 from chatlearn.config.schema import AlgorithmConfig
-from megatron_adapters.batches import PaddedBatch, Rows, read_rows
+from megatron_adapters.batches import Rows, read_rows, read_temperature
 from megatron_adapters.losses import TrainLoss
 from megatron_adapters.modules.base import MegatronModule
 from megatron_adapters.modules.text_rows import build_text_dataset
+from megatron_adapters.packing import PackedBatch
 from megatron_adapters.training import StepResult, TrainingState, reduce_over_data, train_batch
 
 __all__ = ["TrainerModule", "kl_enters"]
@@ -56,21 +57,23 @@ class TrainerModule(MegatronModule):
         """Optimizer and schedule."""
         return self._attached(self.training)
 
-    def update(self, batches: Sequence[PaddedBatch], loss: TrainLoss) -> dict[str, float]:
+    def update(self, batches: Sequence[PackedBatch], loss: TrainLoss) -> dict[str, float]:
         """One optimizer step; gives the loss's sums by name with gradient norm and rate."""
         result: StepResult = train_batch(self.state, batches, loss.function, len(loss.names))
         sums = dict(zip(loss.names, result.sums.tolist(), strict=True))
         return {**sums, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
 
-    def pad_responses(self, data: Sequence[Columns], *columns: str) -> list[PaddedBatch]:
-        """Pad micro-batches, and on the last stage align the named columns into their extras.
+    def pack_responses(self, data: Sequence[Columns], *columns: str) -> list[PackedBatch]:
+        """Pack micro-batches, and on the last stage align the named columns into their extras.
 
         A column may hold one number per row, one per response token, or be missing from the data
-        (then it is left out); `rewards` stays [rows], the others become [rows, length]. The extra
+        (then it is left out); `rewards` stays [rows], the others become grids [rows, longest
+        response]. The extra
         `loss_mask` is always there: response tokens, less those that a column `loss_mask`
         excludes.
         """
-        batches = self.pad([read_rows(columns_of) for columns_of in data])
+        rows = [read_rows(columns_of) for columns_of in data]
+        batches = self.pack(rows, temperature=read_temperature(*data))
         if not self.groups.is_last_stage:
             return batches
         for batch, values in zip(batches, data, strict=True):
@@ -80,15 +83,16 @@ class TrainerModule(MegatronModule):
             batch.extras["loss_mask"] *= batch.mask
         return batches
 
-    def pad_pairs(self, data: Sequence[Columns], *columns: str) -> list[PaddedBatch]:
-        """Pad preference pairs: the chosen rows, then the rejected ones.
+    def pack_pairs(self, data: Sequence[Columns], *columns: str) -> list[PackedBatch]:
+        """Pack preference pairs: the chosen rows, then the rejected ones.
 
         On the last stage a column `x` becomes the extra `x` [rows] of `chosen_x` and `rejected_x`.
         """
         for values in data:
             self.require_columns(values, "prompt_token_ids", "chosen_token_ids")
             self.require_columns(values, "rejected_token_ids")
-        batches = self.pad([_pair_rows(values) for values in data])
+        rows = [_pair_rows(values) for values in data]
+        batches = self.pack(rows, temperature=read_temperature(*data))
         if self.groups.is_last_stage:
             for batch, values in zip(batches, data, strict=True):
                 for name in columns:
@@ -96,7 +100,7 @@ class TrainerModule(MegatronModule):
                     batch.extras[name] = batch.per_row([float(value) for value in both])
         return batches
 
-    def count_tokens(self, batches: Sequence[PaddedBatch]) -> BatchTotals:
+    def count_tokens(self, batches: Sequence[PackedBatch]) -> BatchTotals:
         """Trained tokens and sequences of the global batch, all data-parallel ranks together."""
         masks = [batch.extras.get("loss_mask", batch.mask).bool() for batch in batches]
         local = torch.tensor(
@@ -127,7 +131,7 @@ class TrainerModule(MegatronModule):
         ).sum(dim=0)
         return MaskedMoments(*reduce_over_data(local, self.groups).tolist())
 
-    def estimate_returns(self, batch: PaddedBatch) -> AdvantagesAndReturns:
+    def estimate_returns(self, batch: PackedBatch) -> AdvantagesAndReturns:
         """GAE over the extras `rewards`, `values`, `rollout_logprobs` and `ref_logprobs`.
 
         The KL in the reward is that of the sampler's log-probabilities, which policy and value
@@ -152,8 +156,8 @@ class TrainerModule(MegatronModule):
         self.require_columns(data, *needed)
 
 
-def _align(batch: PaddedBatch, name: str, column: Any) -> torch.Tensor:
-    """A column as [rows, length]: numbers per row are repeated over the row's tokens."""
+def _align(batch: PackedBatch, name: str, column: Any) -> torch.Tensor:
+    """A column as a grid: numbers per row are repeated over the row's tokens."""
     values = [torch.as_tensor(value, dtype=torch.float32) for value in column]
     if name == "rewards":
         return batch.per_row([float(value) for value in values])

@@ -20,7 +20,7 @@ class ValueTrainer(TrainerModule):
     def train_step(self, data: list[Columns]) -> dict[str, float]:
         """One update on this rank's part of a global batch."""
         self.require_rollout(data[0], "values")
-        batches = self.pad_responses(data, *_COLUMNS)
+        batches = self.pack_responses(data, *_COLUMNS)
         totals = self.count_tokens(batches)
         if self.groups.is_last_stage:
             for batch in batches:

@@ -12,7 +12,14 @@ from chatlearn.data.rows import RowId
 from chatlearn.data.stream import cut_batch
 from chatlearn.parallel.context import WorkerContext
 from chatlearn.parallel.layout import ParallelLayout
-from megatron_adapters import PolicyInference, PolicyReference, PolicyTrainer, ValueTrainer
+from megatron_adapters import (
+    PolicyInference,
+    PolicyReference,
+    PolicyTrainer,
+    RewardInference,
+    ValueInference,
+    ValueTrainer,
+)
 from megatron_adapters.model_building import unwrap
 
 SHAPE = {
@@ -34,6 +41,8 @@ KINDS = {
     "reference": PolicyReference,
     "trainer": PolicyTrainer,
     "value": ValueTrainer,
+    "critic": ValueInference,
+    "reward": RewardInference,
 }
 _NOT_MEGATRON = ("generation", "load")
 
@@ -41,11 +50,13 @@ _NOT_MEGATRON = ("generation", "load")
 def layout_of(fields, world_size) -> ParallelLayout:
     tp = fields.get("tensor_model_parallel_size", 1)
     pp = fields.get("pipeline_model_parallel_size", 1)
+    cp = fields.get("context_parallel_size", 1)
     vpp = fields.get("virtual_pipeline_model_parallel_size") or 1
     return ParallelLayout(
         tp_size=tp,
         pp_size=pp,
-        dp_size=world_size // (tp * pp),
+        dp_size=world_size // (tp * pp * cp),
+        cp_size=cp,
         vpp_size=vpp,
         ep_size=fields.get("expert_model_parallel_size", 1),
         etp_size=fields.get("expert_tensor_parallel_size"),
@@ -126,6 +137,81 @@ def train_supervised(rank, fields, num_steps=2, micro_batch_size=2):
     data, _ = lane_batches(module, make_rows(7), SFT, micro_batch_size)
     steps = [module.train_step(data) for _ in range(num_steps)]
     return [(step["loss"], step["grad_norm"]) for step in steps]
+
+
+def make_groups(num_prompts=3, num_samples=4, seed=1):
+    """Rows of which several share a prompt; one response is a single token."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for number in range(num_prompts):
+        prompt = torch.randint(3, 37, (4 + 3 * number,), generator=draw)
+        for sample in range(num_samples):
+            response = torch.randint(3, 37, (1 + 2 * sample + number,), generator=draw)
+            rows.append({"prompt_token_ids": prompt, "response_token_ids": response})
+    return rows
+
+
+def train_groups(rank, fields, micro_batch_size, kind="sft"):
+    """Loss, gradient norm and the whole gradient of one step over rows that share prompts."""
+    module = build_module(rank, "value" if kind == "value" else "trainer", fields)
+    _fill_head(module)
+    rows, keys = make_groups(), SFT
+    if kind != "sft":
+        rows = [{**r, **_rollout_of(r)} for r in rows]
+        keys = PPO
+    data, ids = lane_batches(module, rows, keys, micro_batch_size)
+    if kind == "ppo":
+        module.row_ids = [ids]
+        module.prepare_episode([data])
+    module.row_ids = ids
+    found = module.train_step(data)
+    gradients = [p.main_grad.flatten().clone() for c in module.model for p in c.parameters()]
+    num_tokens = sum(b.num_stream_tokens for b in module.pack_responses(data))
+    return found["loss"], found["grad_norm"], torch.cat(gradients), num_tokens
+
+
+def train_in_logit_chunks(rank, fields, micro_batch_size):
+    """As `train_groups`, with logits of two tokens at a time."""
+    from megatron_adapters import packed_model
+
+    before = packed_model._MOST_LOGIT_BYTES
+    packed_model._MOST_LOGIT_BYTES = 2 * 4 * SHAPE["vocab_size"]
+    try:
+        return train_groups(rank, fields, micro_batch_size)
+    finally:
+        packed_model._MOST_LOGIT_BYTES = before
+
+
+def _fill_head(module):
+    """A scalar head starts at zero, where nothing would show."""
+    head = getattr(unwrap(module.model[-1]), "output_layer", None)
+    if head is not None and module.head == "scalar":
+        head.weight.data.copy_(torch.linspace(-1, 1, head.weight.numel())[None])
+
+
+def _rollout_of(row):
+    length = len(row["response_token_ids"])
+    steps = torch.arange(length) / 10
+    return {
+        "rollout_logprobs": -3.6 + steps,
+        "ref_logprobs": -3.5 - steps,
+        "values": 0.1 * steps,
+        "rewards": torch.tensor(float(length % 3)),
+    }
+
+
+def score_groups(rank, fields, kind="reference"):
+    """What a model says of rows that share prompts, all at once and each alone."""
+    module = build_module(rank, kind, fields)
+    _fill_head(module)
+    rows = make_groups()
+    data = {key: [row[key] for row in rows] for key in SFT}
+    method = {"reference": "ref_logprobs", "critic": "values", "reward": "rewards"}[kind]
+    together = module.forward_step(data)[method]
+    alone = [module.forward_step({key: [row[key]] for key in SFT})[method][0] for row in rows]
+    return [
+        (a.flatten().tolist(), b.flatten().tolist()) for a, b in zip(together, alone, strict=True)
+    ]
 
 
 def layer_kinds(rank, fields):

@@ -13,6 +13,7 @@ RECOMPUTE = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+CP2 = {"context_parallel_size": 2}
 TIED = {"untie_embeddings_and_output_weights": False}
 LAYOUTS = {
     "tp2": (2, TP2),
@@ -29,6 +30,10 @@ LAYOUTS = {
     "tp2-pp2-sp": (4, {**SP, **PP2}),
     "tp2-dp2-distributed-optimizer": (4, {**TP2, **DISTRIBUTED}),
     "pp2-vpp2-dp2": (4, VPP2),
+    "cp2": (2, CP2),
+    "cp2-tp2-sp": (4, {**CP2, **SP}),
+    "cp2-pp2": (4, {**CP2, **PP2}),
+    "cp2-dp2-distributed-optimizer": (4, {**CP2, **DISTRIBUTED}),
     "recompute": (1, RECOMPUTE),
     "tp2-recompute": (2, {**TP2, **RECOMPUTE}),
 }
