@@ -170,24 +170,26 @@ def _cut(segments: Sequence[Segment], local: torch.Tensor | None) -> list[_Piece
     """The parts of each segment whose queries this rank has."""
     if local is None:
         return [_Piece(s, 0, s.length, s.start) for s in segments if s.length]
-    runs = _runs(cast("list[int]", cast("Any", local).tolist()))
     pieces: list[_Piece] = []
-    for segment in segments:
-        for begin, end, at in runs:
-            low, high = max(segment.start, begin), min(segment.start + segment.length, end)
+    before = 0
+    for run in _runs(cast("list[int]", cast("Any", local).tolist())):
+        for segment in segments:
+            low = max(segment.start, run.start)
+            high = min(segment.start + segment.length, run.start + run.length)
             if low < high:
                 own = (low - segment.start, high - segment.start)
-                pieces.append(_Piece(segment, *own, at + low - begin))
+                pieces.append(_Piece(segment, *own, before + low - run.start))
+        before += run.length
     return pieces
 
 
-def _runs(local: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Consecutive runs of the stream: first, end, and where the run begins on this rank."""
-    runs: list[tuple[int, int, int]] = []
+def _runs(local: Sequence[int]) -> list[Segment]:
+    """Consecutive runs of the stream, in the order in which this rank has them."""
+    runs: list[Segment] = []
     first = 0
     for at in range(1, len(local) + 1):
         if at == len(local) or local[at] != local[at - 1] + 1:
-            runs.append((local[first], local[at - 1] + 1, first))
+            runs.append(Segment(local[first], at - first))
             first = at
     return runs
 

@@ -1,7 +1,7 @@
 """Which models cannot be built on which layout, known from the config alone. Pure."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from chatlearn.errors import ConfigError
 from chatlearn.parallel.layout import ParallelLayout
@@ -31,6 +31,11 @@ def find_layout_problems(
         problems.append(
             "a model that generates has no context parallelism: leave context_parallel_size out"
         )
+    window = fields.get("window_size")
+    if window is not None and not _is_window(window):
+        problems.append(f"window_size is [tokens back, 0], at least [0, 0], got {window}")
+    if is_generating and window is not None:
+        problems.append("a model that generates has no sliding window yet: leave window_size out")
     has_experts = bool(fields.get("num_moe_experts"))
     if is_trained and has_experts and layout.tp_size > 1 and not fields.get("sequence_parallel"):
         problems.append(
@@ -50,3 +55,11 @@ def find_layout_problems(
         except ConfigError as error:
             problems.append(str(error))
     return tuple(problems)
+
+
+def _is_window(window: Any) -> bool:
+    if not isinstance(window, (list, tuple)):
+        return False
+    sizes = cast("list[Any]", window)
+    is_whole = all(isinstance(size, int) for size in sizes)
+    return len(sizes) == 2 and is_whole and sizes[0] >= 0 and sizes[1] == 0

@@ -20,12 +20,8 @@ from megatron_adapters.layer_specs import (
 from megatron_adapters.layout_problems import find_layout_problems
 from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import MegatronSettings, build_settings
-from megatron_adapters.packing import (
-    PackedBatch,
-    PackingOptions,
-    pack_micro_batches,
-    split_by_tokens,
-)
+from megatron_adapters.packing import PackedBatch, pack_micro_batches
+from megatron_adapters.packing_options import build_packing_options
 from megatron_adapters.parallel_state import (
     ParallelGroups,
     initialize_parallel_state,
@@ -46,9 +42,6 @@ if TYPE_CHECKING:
     from chatlearn.parallel.layout import ParallelLayout
 
 __all__ = ["MegatronModule"]
-
-# Tokens of one forward pass without gradients.
-_SCORING_TOKENS = 8192
 
 
 class MegatronModule(BaseModule):
@@ -131,46 +124,14 @@ class MegatronModule(BaseModule):
         vocab_size = self.settings.shape.vocab_size
         for rows in micro_batches:
             check_token_ids((*rows.prompts, *rows.responses), vocab_size)
-        return pack_micro_batches(micro_batches, self.packing, temperature=temperature)
-
-    def pack_for_scoring(self, rows: Rows, *, temperature: float = 1.0) -> list[PackedBatch]:
-        """Cut rows to micro-batches by tokens, and pack them; a pipeline gets enough to be full."""
-        stages = self.layout.pp_size
-        least = 2 * stages if stages > 1 else 1
-        parts = split_by_tokens(rows, _SCORING_TOKENS, least)
-        return self.pack(parts, temperature=temperature)
-
-    @property
-    def packing(self) -> PackingOptions:
-        """How this model wants its streams."""
-        transformer, layout = self.settings.transformer, self.layout
-        window = transformer.window_size
-        return PackingOptions(
-            max_length=self.settings.shape.max_sequence_length,
-            multiple=layout.tp_size if transformer.sequence_parallel else 1,
-            is_uniform=layout.pp_size > 1,
-            shares_prompts=self._shares_prompts(),
+        options = build_packing_options(
+            self.settings,
+            self.groups,
+            is_trained=self.is_trained,
             reads_last=self.reads_last,
-            context_size=layout.cp_size,
-            context_rank=self.groups.coordinates.cp_rank,
-            window=window[0] if window else None,
-            dtype=transformer.params_dtype,
             device=self.device,
         )
-
-    def _shares_prompts(self) -> bool:
-        """Whether a token's result depends on its past only, not on what else is in the batch.
-
-        Dropout would be the same for all that share a prompt; a load-balancing loss or a capacity
-        of experts counts tokens.
-        """
-        transformer = self.settings.transformer
-        has_dropout = max(transformer.hidden_dropout, transformer.attention_dropout) > 0
-        counts = bool(transformer.num_moe_experts) and (
-            transformer.moe_router_load_balancing_type != "none"
-            or transformer.moe_expert_capacity_factor is not None
-        )
-        return not (self.is_trained and has_dropout) and not counts
+        return pack_micro_batches(micro_batches, options, temperature=temperature)
 
     def weight_shards(self) -> tuple[TensorShard, ...]:
         """This rank's shards, by Megatron's own description."""

@@ -11,6 +11,7 @@ from chatlearn.generation.sampling import SamplingParams
 from megatron_adapters.batches import Rows, check_token_ids, read_rows, read_temperature
 from megatron_adapters.modules.base import MegatronModule
 from megatron_adapters.modules.text_rows import build_text_dataset
+from megatron_adapters.packing import PackedBatch, split_by_tokens
 from megatron_adapters.runner import MegatronRunner
 from megatron_adapters.scoring import score_rows, score_tokens_of_rows
 
@@ -18,6 +19,8 @@ __all__ = ["PolicyInference", "PolicyReference", "RewardInference", "ValueInfere
 
 # Keeps the random numbers of evaluation apart from those of training.
 _EVAL_STREAM = 0x5EED
+# Tokens of one forward pass without gradients.
+_MOST_TOKENS = 8192
 
 
 class _TextModule(MegatronModule):
@@ -111,9 +114,15 @@ class _ScoringModule(_TextModule):
         """The same as `forward_step`."""
         return self.forward_step(data)
 
+    def pack_parts(self, rows: Rows, temperature: float = 1.0) -> list[PackedBatch]:
+        """Cut rows to micro-batches by tokens, and pack them; a pipeline gets enough to be full."""
+        stages = self.layout.pp_size
+        least = 2 * stages if stages > 1 else 1
+        return self.pack(split_by_tokens(rows, _MOST_TOKENS, least), temperature=temperature)
+
     def score(self, rows: Rows, temperature: float = 1.0) -> list[torch.Tensor]:
         """A number for each response token; meaningless off the last stage."""
-        batches = self.pack_for_scoring(rows, temperature=temperature)
+        batches = self.pack_parts(rows, temperature)
         scores = score_tokens_of_rows(self.model, batches, self.groups)
         return scores or [torch.empty(0)] * len(rows)
 
@@ -159,5 +168,5 @@ class RewardInference(_ScoringModule):
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Adds `rewards`."""
         rows = read_rows(data)
-        scores = score_rows(self.model, self.pack_for_scoring(rows), self.groups)
+        scores = score_rows(self.model, self.pack_parts(rows), self.groups)
         return {**data, "rewards": torch.stack(scores) if scores else torch.zeros(len(rows))}

@@ -37,7 +37,7 @@ class QuickReference(PolicyReference):
         shape = self.settings.shape
         model = GPTModel(
             config=config,
-            transformer_layer_spec=build_block_spec(config, None, use_cache=False, use_te=use_te),
+            transformer_layer_spec=build_block_spec(config, None, use_te=use_te),
             vocab_size=shape.padded_vocab_size,
             max_sequence_length=shape.max_sequence_length,
             pre_process=self.groups.is_first_stage,

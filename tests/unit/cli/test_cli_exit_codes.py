@@ -165,7 +165,7 @@ def check_models(tmp_path, monkeypatch, capsys, engine, models, command="check",
         ),
         ("policy_trainer", {**PP2, "pipeline_model_parallel_layout": "Et|tL"}, "2 in all"),
         ("policy_trainer", {"recompute_granularity": "full"}, "needs recompute_method"),
-        ("policy_trainer", {"window_size": [4, 0]}, "window_size is not supported yet"),
+        ("policy_trainer", {"window_size": [4, 1]}, "window_size is [tokens back, 0]"),
     ],
 )
 def test_a_model_that_cannot_be_built_exits_with_2(

@@ -128,7 +128,6 @@ def test_a_value_of_the_wrong_kind_is_refused(content, line):
         ),
         ({"sequence_parallel": True}, "sequence_parallel needs tensor_model_parallel_size > 1"),
         ({"fp16": True}, "fp16 is not supported yet: use bf16"),
-        ({"context_parallel_size": 2}, "context_parallel_size=2: rows are not cut"),
         (
             {"max_sequence_length": 64, "generation": {"max_new_tokens": 64}},
             "generation.max_new_tokens=64 leaves no room",

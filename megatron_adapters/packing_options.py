@@ -1,0 +1,58 @@
+"""How a model wants its streams, by its layout and its settings."""
+
+from typing import Any
+
+import torch
+
+from megatron_adapters.model_config import MegatronSettings
+from megatron_adapters.packing import PackingOptions
+from megatron_adapters.parallel_state import ParallelGroups
+
+__all__ = ["build_packing_options"]
+
+
+def build_packing_options(
+    settings: MegatronSettings,
+    groups: ParallelGroups,
+    *,
+    is_trained: bool,
+    reads_last: bool,
+    device: torch.device,
+) -> PackingOptions:
+    """The options of one model on this rank.
+
+    Args:
+        settings: Megatron's configuration objects.
+        groups: of this rank.
+        is_trained: dropout is on.
+        reads_last: the head is read at each row's last token.
+        device: where the model lives.
+    """
+    transformer, layout = settings.transformer, groups.layout
+    window = transformer.window_size
+    return PackingOptions(
+        max_length=settings.shape.max_sequence_length,
+        multiple=layout.tp_size if transformer.sequence_parallel else 1,
+        is_uniform=layout.pp_size > 1,
+        shares_prompts=_shares_prompts(transformer, is_trained=is_trained),
+        reads_last=reads_last,
+        context_size=layout.cp_size,
+        context_rank=groups.coordinates.cp_rank,
+        window=window[0] if window else None,
+        dtype=transformer.params_dtype,
+        device=device,
+    )
+
+
+def _shares_prompts(transformer: Any, *, is_trained: bool) -> bool:
+    """Whether a token's result depends on its own past only, so that samples may share it.
+
+    Dropout would be the same for all that share a prompt; a load-balancing loss or a capacity of
+    experts counts tokens.
+    """
+    has_dropout = max(transformer.hidden_dropout, transformer.attention_dropout) > 0
+    counts_tokens = bool(transformer.num_moe_experts) and (
+        transformer.moe_router_load_balancing_type != "none"
+        or transformer.moe_expert_capacity_factor is not None
+    )
+    return not (is_trained and has_dropout) and not counts_tokens
