@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.parallel.context import WorkerContext
+from chatlearn.runtime.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ def join_world(identity: WorkerIdentity, module: Any, store: Any) -> WorkerConte
     import torch.distributed as dist
 
     device = _choose_device(identity)
+    keep_freed_memory()
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(
