@@ -103,7 +103,8 @@ def _check_depth(path: str, model: ModelConfig, tp: int, pp: int) -> Iterator[st
 
 def _check_batches(runtime: RuntimeConfig) -> Iterator[str]:
     micro, batch = runtime.train_micro_batch_size, runtime.train_global_batch_size
-    if batch is not None and batch % micro and batch > micro:
+    is_by_rows = runtime.train_micro_batch_tokens is None
+    if batch is not None and is_by_rows and batch % micro and batch > micro:
         yield (
             f"runtime: train_global_batch_size={batch} is no multiple of "
             f"train_micro_batch_size={micro}"

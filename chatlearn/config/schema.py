@@ -198,7 +198,15 @@ class RuntimeConfig(_Section):
         description="rows of one inference call; unset: an even share for each replica",
     )
     train_micro_batch_size: Positive = Field(
-        default=8, description="rows of one forward-backward pass on one rank"
+        default=8,
+        description="most rows of one forward-backward pass on one rank; rows are spread so that "
+        "tokens are even. Without effect where `train_micro_batch_tokens` is set",
+    )
+    train_micro_batch_tokens: Positive | None = Field(
+        default=None,
+        description="most tokens of one forward-backward pass on one rank (a prompt that its "
+        "samples share counts once; a longer row passes alone); unset: `train_micro_batch_size` "
+        "decides",
     )
     train_global_batch_size: Positive | None = Field(
         default=None, description="rows of one update; unset: all rows of the episode"

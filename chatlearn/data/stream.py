@@ -8,7 +8,7 @@ from typing import Any
 
 from chatlearn.data.rows import RowId
 
-__all__ = ["StreamDataset", "cut_batch"]
+__all__ = ["StreamDataset"]
 
 
 class StreamDataset:
@@ -105,36 +105,3 @@ class StreamDataset:
     def batch_ids(self, index: int) -> list[RowId]:
         """Row ids of batch `index` of the first epoch."""
         return self._order[index * self._batch_size : (index + 1) * self._batch_size]
-
-
-def cut_batch(
-    row_ids: Sequence[RowId], dp_size: int, micro_batch_size: int
-) -> tuple[tuple[tuple[RowId, ...], ...], ...]:
-    """Cut a global batch to data-parallel lanes, and each lane's rows to micro-batches.
-
-    Rows are spread as evenly as can be, in order, and every lane gets equally many
-    micro-batches, some perhaps short or empty: collectives need the same count everywhere.
-
-    Args:
-        row_ids: the global batch.
-        dp_size: lanes.
-        micro_batch_size: most rows of a micro-batch.
-
-    Returns:
-        For each lane its micro-batches; each row occurs exactly once.
-    """
-    base, extra = divmod(len(row_ids), dp_size)
-    counts = [base + (lane < extra) for lane in range(dp_size)]
-    num_micro_batches = max(1, -(-max(counts) // micro_batch_size))
-    lanes: list[tuple[tuple[RowId, ...], ...]] = []
-    start = 0
-    for count in counts:
-        own = row_ids[start : start + count]
-        start += count
-        lanes.append(
-            tuple(
-                tuple(own[at * micro_batch_size : (at + 1) * micro_batch_size])
-                for at in range(num_micro_batches)
-            )
-        )
-    return tuple(lanes)

@@ -13,9 +13,10 @@ from chatlearn.engine.worker_calls import RowRequest, build_datasets, load_rows
 from chatlearn.flow.execute import RowSource
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from chatlearn.engine.session import Session
+    from chatlearn.runtime.contract import PendingCall
 
 __all__ = ["PromptSource"]
 
@@ -50,16 +51,36 @@ class PromptSource:
         found = session.collect({model_name: list(calls)}, f"{model_name}.build_dataset")
         self.lengths: tuple[int, ...] = found[model_name][0]
 
-    def load(self, requests: Sequence[RowRequest]) -> dict[RowId, tuple[RowSource, ...]]:
-        """Start reading rows; gives at once where each of them will lie, in order."""
+    def load(
+        self,
+        requests: Sequence[RowRequest],
+        on_row: Callable[[RowId, tuple[RowSource, ...]], None] | None = None,
+    ) -> dict[RowId, tuple[RowSource, ...]]:
+        """Start reading rows; gives at once where each of them will lie, in order.
+
+        Args:
+            requests: the rows.
+            on_row: called with each row, its tokens counted, once it has been read.
+        """
         rows: dict[RowId, tuple[RowSource, ...]] = {}
         for start in range(0, len(requests), _ROWS_PER_LOAD):
             chunk = tuple(requests[start : start + _ROWS_PER_LOAD])
             calls = self._group.call(load_rows, self._key, chunk, ranks=(0,), num_outputs=2)
-            self._session.loop.submit(calls, lambda: None, "reading the data set")
-            source = (RowSource("batch", calls[0].outputs[0]),)
-            rows.update({request.row_id: source for request in chunk})
+            row_ids = [request.row_id for request in chunk]
+
+            def finish(call: PendingCall = calls[0], row_ids: list[RowId] = row_ids) -> None:
+                if on_row is not None:
+                    for row_id, source in self._measure(call, row_ids).items():
+                        on_row(row_id, (source,))
+
+            self._session.loop.submit(calls, finish, "reading the data set")
+            rows.update(dict.fromkeys(row_ids, (RowSource("batch", calls[0].outputs[0]),)))
         return rows
+
+    def _measure(self, call: PendingCall, row_ids: Sequence[RowId]) -> dict[RowId, RowSource]:
+        timeout_s = self._session.loop.stage_timeout_s
+        loads = self._session.backend.fetch(call, timeout_s, output=1)
+        return RowSource.of_rows("batch", call.outputs[0], row_ids, loads)
 
     def load_everything(self) -> dict[RowId, tuple[RowSource, ...]]:
         """Every row of every data set once, in order; row ids count from 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, cast
 
+from chatlearn.data.balance import measure_loads
 from chatlearn.data.relay import EpisodeRelayBuffer, RelaySampleManager, RelayStore, identify_rows
 from chatlearn.data.rows import NamedInput, RowBatch, RowId, join_inputs
 from chatlearn.data.sampler import PromptSampler, SamplerState, expand_samples
@@ -73,19 +74,17 @@ class Rollout:
         count = self.runtime.sample_per_episode or sum(self._prompts.lengths)
         drawn = self._sampler.draw(count)
         pairs = expand_samples(drawn, self.runtime.num_samples_per_prompt)
-        rows = self._prompts.load(
-            [RowRequest(prompt.dataset_index, prompt.index, row_id) for row_id, prompt in pairs]
-        )
+        requests = [RowRequest(p.dataset_index, p.index, row_id) for row_id, p in pairs]
         self.records = []
         self._relay_metrics = {}
         is_dynamic = self.runtime.stream_data_loader_type == "dynamic"
-        batch_size = self.runtime.train_global_batch_size or len(rows)
-        stream = StreamDataset(tuple(rows), batch_size, is_dynamic=is_dynamic)
+        batch_size = self.runtime.train_global_batch_size or len(pairs)
+        row_ids = tuple(row_id for row_id, _ in pairs)
+        stream = StreamDataset(row_ids, batch_size, is_dynamic=is_dynamic)
         if self._graph is None:
-            for row_id, sources in rows.items():
-                stream.add(row_id, sources)
+            self._prompts.load(requests, on_row=stream.add)
         else:
-            self._start_flow(rows, stream)
+            self._start_flow(self._prompts.load(requests), stream)
         self._stream = stream
         self._num_samples = stream.num_rows
         if self._manager is not None:
@@ -99,6 +98,9 @@ class Rollout:
             self.session.loop.run_until(lambda: run.is_done)
             self.session.loop.detach(run)
             self._run = None
+        elif self._stream is not None:
+            stream = self._stream
+            self.session.loop.run_until(lambda: stream.is_complete)
 
     def fetch_rows(self) -> list[dict[str, Any]]:
         """The episode's samples as dicts, in row order, returned values merged into one.
@@ -175,8 +177,9 @@ class Rollout:
         for index in range(selected.num_batches):
             ids = selected.batch_ids(index)
             batch = _build_batch(ids, [chosen[row_id] for row_id in ids], "the sample manager")
-            source = RowSource("sample manager", self.session.backend.put(batch))
-            for row_id in ids:
+            stored, loads = self.session.backend.put(batch), measure_loads(batch.columns)
+            sources = RowSource.of_rows("sample manager", stored, ids, loads)
+            for row_id, source in sources.items():
                 selected.add(row_id, (source,))
         return selected
 

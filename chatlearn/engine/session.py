@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from chatlearn.data.balance import Limits
 from chatlearn.engine.worker_calls import ModuleInfo, finish_episode, set_up_module, start_episode
 from chatlearn.flow.call_loop import CallLoop
 from chatlearn.flow.execute import FlowSettings
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from chatlearn.config import Config
+    from chatlearn.config import Config, RuntimeConfig
     from chatlearn.engine.planning import RunPlan
     from chatlearn.flow.execute import FlowRun
     from chatlearn.runtime.contract import Backend, WorkerGroup
@@ -99,7 +100,7 @@ class Session:
         runtime = self.config.runtime
         return FlowSettings(
             batch_sizes={name: self._batch_size(name) for name in self.groups},
-            train_micro_batch_size=runtime.train_micro_batch_size,
+            train_limits=_train_limits(runtime),
             is_deterministic=runtime.deterministic,
             iteration=iteration,
         )
@@ -138,6 +139,12 @@ class Session:
         }
         results = self.collect(calls, "setup")
         return {name: found[0] for name, found in results.items()}
+
+
+def _train_limits(runtime: RuntimeConfig) -> Limits:
+    if runtime.train_micro_batch_tokens is not None:
+        return Limits(tokens=runtime.train_micro_batch_tokens)
+    return Limits(rows=runtime.train_micro_batch_size)
 
 
 def _build_specs(plan: RunPlan) -> tuple[ModelSpec, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.data.balance import RowLoad, measure_loads
 from chatlearn.data.rows import RowBatch, RowId
 from chatlearn.errors import DataError
 
@@ -96,8 +97,8 @@ def build_datasets(
 
 def load_rows(
     context: WorkerContext, key: str, requests: Sequence[RowRequest]
-) -> tuple[RowBatch, int]:
-    """Read rows of a data set that `build_datasets` made; gives them and their number.
+) -> tuple[RowBatch, tuple[RowLoad, ...]]:
+    """Read rows of a data set that `build_datasets` made; gives them and their loads.
 
     The driver looks at the last output of a call only, so that the rows stay with the workers.
     """
@@ -107,7 +108,7 @@ def load_rows(
         batch = RowBatch.from_rows([request.row_id for request in requests], rows)
     except DataError as error:
         raise DataError(f"rows of {context.model_name}.build_dataset: {error}") from error
-    return batch, len(rows)
+    return batch, measure_loads(batch.columns)
 
 
 def start_episode(context: WorkerContext) -> None:

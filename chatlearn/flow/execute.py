@@ -7,11 +7,12 @@ may differ freely along the flow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatlearn.data.stream import cut_batch
+from chatlearn.data.balance import Limits, RowLoad, cut_batch, merge_loads
 from chatlearn.flow.graph import ROOT
 from chatlearn.flow.node_queue import NodeQueue
 from chatlearn.flow.stage import StageCall, StageInput, TrainCall, run_stage, run_train
@@ -31,10 +32,31 @@ TRAIN_METHOD = "train_step"
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where a row's values lie: the producer's name and a handle on the batch that holds them."""
+    """Where a row's values lie.
+
+    Attributes:
+        producer: name of what made them.
+        batch: handle on the batch that holds them.
+        load: tokens of the row in that batch.
+    """
 
     producer: str
     batch: RemoteValue
+    load: RowLoad = RowLoad()
+
+    @classmethod
+    def of_rows(
+        cls,
+        producer: str,
+        batch: RemoteValue,
+        row_ids: Sequence[RowId],
+        loads: Sequence[RowLoad],
+    ) -> dict[RowId, RowSource]:
+        """The rows of one batch; `loads` may be empty."""
+        if not loads:
+            return dict.fromkeys(row_ids, cls(producer, batch))
+        pairs = zip(row_ids, loads, strict=True)
+        return {row_id: cls(producer, batch, load) for row_id, load in pairs}
 
 
 @dataclass(frozen=True)
@@ -65,13 +87,13 @@ class FlowSettings:
 
     Attributes:
         batch_sizes: rows of one call, by model; None or absent: an even share for each lane.
-        train_micro_batch_size: rows of one micro-batch of a training call.
+        train_limits: of one micro-batch of a training call.
         is_deterministic: compose batches by row id, not by arrival.
         iteration: what modules get as `iteration` in training calls.
     """
 
     batch_sizes: Mapping[str, int | None]
-    train_micro_batch_size: int = 1
+    train_limits: Limits = Limits(rows=1)
     is_deterministic: bool = False
     iteration: int = 0
 
@@ -107,6 +129,7 @@ class FlowRun:
         self._on_row = on_row
         self._on_stage = on_stage
         self._sources: list[dict[RowId, RowSource]] = [{} for _ in graph.nodes]
+        self._samples_per_prompt = max(Counter(row.prompt for row in rows).values(), default=1)
         self._queues = [self._build_queue(node) for node in graph.nodes]
         self._returned = graph.returned_nodes()
         self._outputs_missing = dict.fromkeys(rows, len(graph.outputs))
@@ -136,11 +159,16 @@ class FlowRun:
             batch_size = len(self._rows)
         else:
             even_share = -(-len(self._rows) // num_lanes)
-            batch_size = self._settings.batch_sizes.get(node.model_name) or even_share
+            size = self._settings.batch_sizes.get(node.model_name)
+            batch_size = even_share if size is None else self._whole_prompts(size)
         producers = tuple(sorted({index for index in node.inputs if index != ROOT}))
         return NodeQueue(
             tuple(self._rows), len(producers), batch_size, self._settings.is_deterministic
         )
+
+    def _whole_prompts(self, size: int) -> int:
+        """The most rows up to `size` that hold every sample of their prompts, if there are such."""
+        return max(size - size % self._samples_per_prompt, 0) or size
 
     def _dispatch_micro_batches(self, node: FlowNode, queue: NodeQueue) -> None:
         while queue.has_batch:
@@ -171,7 +199,7 @@ class FlowRun:
             self._pool.release(lane)
             report = self._loop.backend.fetch(output_call, self._loop.stage_timeout_s, output=1)
             self._record(node, lane.label, report)
-            self._finish_rows(node, row_ids, output_call.outputs[0])
+            self._finish_rows(node, row_ids, output_call.outputs[0], report.loads)
 
         self._loop.submit(calls, finish, f"{node.model_name}.{node.method_name}")
 
@@ -202,7 +230,11 @@ class FlowRun:
     def train_calls(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[TrainCall, ...]:
         """The training calls of one global batch, one for each lane of the node's model."""
         lanes = self._pool.lanes(node.model_name)
-        cut = cut_batch(row_ids, len(lanes), self._settings.train_micro_batch_size)
+        loads = {
+            row_id: merge_loads(source.load for _, source in self._row_sources(node, row_id))
+            for row_id in row_ids
+        }
+        cut = cut_batch(row_ids, len(lanes), self._settings.train_limits, loads)
         return tuple(
             TrainCall(
                 node.method_name,
@@ -217,19 +249,33 @@ class FlowRun:
 
     def _inputs(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[StageInput, ...]:
         batches: dict[tuple[int, str], dict[int, RemoteValue]] = {}
-        for index in dict.fromkeys(node.inputs):
-            for row_id in row_ids:
-                sources = self._rows[row_id] if index == ROOT else (self._sources[index][row_id],)
-                for source in sources:
-                    key = (index, source.producer)
-                    batches.setdefault(key, {})[id(source.batch)] = source.batch
+        for row_id in row_ids:
+            for index, source in self._row_sources(node, row_id):
+                key = (index, source.producer)
+                batches.setdefault(key, {})[id(source.batch)] = source.batch
         return tuple(
-            StageInput(producer, tuple(found.values())) for (_, producer), found in batches.items()
+            StageInput(producer, tuple(batches[index, producer].values()))
+            for index, producer in sorted(batches, key=lambda key: node.inputs.index(key[0]))
         )
 
-    def _finish_rows(self, node: FlowNode, row_ids: tuple[RowId, ...], batch: RemoteValue) -> None:
-        source = RowSource(f"{node.model_name}.{node.method_name}#{node.index}", batch)
-        self._sources[node.index].update(dict.fromkeys(row_ids, source))
+    def _row_sources(self, node: FlowNode, row_id: RowId) -> Iterator[tuple[int, RowSource]]:
+        """Where a node's inputs for one row lie, with the index of what made each."""
+        for index in dict.fromkeys(node.inputs):
+            if index != ROOT:
+                yield index, self._sources[index][row_id]
+                continue
+            for source in self._rows[row_id]:
+                yield index, source
+
+    def _finish_rows(
+        self,
+        node: FlowNode,
+        row_ids: tuple[RowId, ...],
+        batch: RemoteValue,
+        loads: Sequence[RowLoad],
+    ) -> None:
+        name = f"{node.model_name}.{node.method_name}#{node.index}"
+        self._sources[node.index].update(RowSource.of_rows(name, batch, row_ids, loads))
         self._queues[node.index].finish(len(row_ids))
         for consumer, queue in zip(self._graph.nodes, self._queues, strict=True):
             if node.index in consumer.inputs:

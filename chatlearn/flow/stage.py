@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from chatlearn.data.balance import RowLoad, measure_loads
 from chatlearn.data.rows import NamedInput, RowBatch, RowId, is_same_content, join_inputs
 from chatlearn.errors import DataError, NumericsError, SyncError
 from chatlearn.metrics.means import mean_of_numbers
@@ -78,6 +79,7 @@ class StageReport:
         num_rows: rows of the call.
         metrics: metrics by name, as the module gave them.
         row_statistics: means over the call's rows of what the method added or changed, by name.
+        loads: tokens of each row that was given back; empty where rows have no token ids.
     """
 
     start_s: float
@@ -85,6 +87,7 @@ class StageReport:
     num_rows: int
     metrics: Mapping[str, float]
     row_statistics: Mapping[str, float]
+    loads: tuple[RowLoad, ...] = ()
 
 
 def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None, StageReport]:
@@ -114,8 +117,8 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
     if output is None and not call.is_used:
         output = {}
     rows = RowBatch.from_output(call.row_ids, output, producer)
-    statistics = _row_statistics(rows, batch)
-    return rows, StageReport(start_s, end_s, len(batch), metrics, statistics)
+    statistics, loads = _row_statistics(rows, batch), measure_loads(rows.columns)
+    return rows, StageReport(start_s, end_s, len(batch), metrics, statistics, loads)
 
 
 def run_train(context: WorkerContext, call: TrainCall) -> StageReport:

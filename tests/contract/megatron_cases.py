@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from chatlearn.config import load_config
+from chatlearn.data.balance import Limits, cut_batch
 from chatlearn.data.rows import RowId
-from chatlearn.data.stream import cut_batch
 from chatlearn.parallel.context import WorkerContext
 from chatlearn.parallel.layout import ParallelLayout
 from megatron_adapters import (
@@ -114,7 +114,8 @@ def make_rows(count, seed=0):
 def lane_batches(module, rows, keys, micro_batch_size=2):
     """This rank's micro-batches, cut as the flow cuts them, and their row ids."""
     ids = [RowId(number, 0) for number in range(len(rows))]
-    lane = cut_batch(ids, module.data_parallel_size, micro_batch_size)[module.data_parallel_rank]
+    limits = Limits(rows=micro_batch_size)
+    lane = cut_batch(ids, module.data_parallel_size, limits)[module.data_parallel_rank]
     data = [{key: [rows[i.prompt][key] for i in part] for key in keys} for part in lane]
     return data, [list(part) for part in lane]
 

@@ -200,3 +200,13 @@ def test_sigterm_ends_the_run_at_the_next_chance_with_a_checkpoint(learn_locally
     assert len(calls) < 10
     assert len(list(tmp_path.glob("chatlearn/*/checkpoints/episode_000000/run_state.json"))) == 1
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_rows_of_a_data_set_are_cut_to_micro_batches_by_their_tokens(learn_locally):
+    rows = [{"prompt": at, "prompt_token_ids": list(range(at + 1))} for at in range(5)]
+    trainer = Trainer("trainer")
+    engine = Engine(trainer=TrainerFlow(lambda batch: trainer.train_step(batch))).set_dataset(rows)
+    result = learn_locally(engine, train_micro_batch_tokens=6, data_shuffle=False)
+    ((note,),) = read_notes(result.run_dir, "trainer")
+    tokens = [sum(prompt + 1 for prompt, _ in part) for part in note["ids"]]
+    assert tokens == [5, 5, 5]

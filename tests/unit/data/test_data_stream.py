@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatlearn.data.rows import RowId
-from chatlearn.data.stream import StreamDataset, cut_batch
+from chatlearn.data.stream import StreamDataset
 
 
 def ids(*prompts):
@@ -76,25 +76,3 @@ def test_a_later_epoch_shuffles_the_samples():
 def test_a_batch_size_of_zero_is_refused():
     with pytest.raises(ValueError, match="batch_size is 1 or more, got 0"):
         StreamDataset(ids(1), 0)
-
-
-@given(st.integers(0, 40), st.integers(1, 6), st.integers(1, 9))
-def test_cutting_gives_every_row_once_and_every_lane_as_many_micro_batches(rows, lanes, micro):
-    cut = cut_batch(ids(*range(rows)), lanes, micro)
-    assert len(cut) == lanes
-    assert [row for lane in cut for part in lane for row in part] == ids(*range(rows))
-    assert len({len(lane) for lane in cut}) == 1
-    assert all(len(part) <= micro for lane in cut for part in lane)
-    sizes = [sum(map(len, lane)) for lane in cut]
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_seven_rows_over_two_lanes_by_two():
-    assert cut_batch(ids(*range(7)), 2, 2) == (
-        ((RowId(0, 0), RowId(1, 0)), (RowId(2, 0), RowId(3, 0))),
-        ((RowId(4, 0), RowId(5, 0)), (RowId(6, 0),)),
-    )
-
-
-def test_a_lane_without_rows_has_empty_micro_batches():
-    assert cut_batch(ids(0), 2, 4) == (((RowId(0, 0),),), ((),))

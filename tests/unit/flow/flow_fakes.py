@@ -117,7 +117,9 @@ class Tagger(BaseModule):
         return {f"{self.name}_score": data[self.column] * scale}
 
 
-def build_run(flow, modules, *, rows=35, seed=0, colocation=(), on_stage=None, **settings):
+def build_run(
+    flow, modules, *, rows=35, samples=1, seed=0, colocation=(), on_stage=None, **settings
+):
     """A flow run over `rows` rows with `x` = 0, 1, ..; `modules` maps each to (replicas, layout).
 
     Returns:
@@ -128,7 +130,7 @@ def build_run(flow, modules, *, rows=35, seed=0, colocation=(), on_stage=None, *
         module.name: [FakeGroup(backend, module, at, layout) for at in range(replicas)]
         for module, (replicas, layout) in modules.items()
     }
-    row_ids = tuple(RowId(at, 0) for at in range(rows))
+    row_ids = tuple(RowId(*divmod(at, samples)) for at in range(rows))
     batch = RowBatch(row_ids, {"x": [torch.tensor(at) for at in range(rows)]})
     source = (RowSource("batch", backend.put(batch)),)
     loop, finished = CallLoop(backend, 5.0), {}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from flow_fakes import ONE, FakeBackend, FakeGroup, Tagger, build_run, read_rows
 
+from chatlearn.data.balance import Limits
 from chatlearn.data.rows import RowId
 from chatlearn.errors import DataError, FlowError, WaitTimeoutError
 from chatlearn.flow.call_loop import CallLoop
@@ -174,13 +175,13 @@ def test_training_cuts_the_batch_over_the_data_parallel_lanes_of_each_trainer():
         flow,
         {one: (1, ParallelLayout(dp_size=2)), two: (1, ParallelLayout(dp_size=3))},
         rows=7,
-        train_micro_batch_size=2,
+        train_limits=Limits(rows=2),
         iteration=4,
         on_stage=records.append,
     )
     loop.run_until(lambda: run.is_done)
     shapes = [sorted([len(ids) for ids in parts] for parts, _, _ in m.batches) for m in (one, two)]
-    assert shapes == [[[2, 1], [2, 2]], [[2, 0], [2, 0], [2, 1]]]
+    assert shapes == [[[2, 1], [2, 2]], [[1, 1], [1, 1], [2, 1]]]
     for module in (one, two):
         seen = [row_id.prompt for parts, _, _ in module.batches for ids in parts for row_id in ids]
         assert sorted(seen) == list(range(7))
@@ -277,3 +278,47 @@ def test_an_interrupt_ends_the_loop():
     loop.interrupt = interrupt
     with pytest.raises(Stop):
         loop.run_until(lambda: False)
+
+
+class Writer(Tagger):
+    """Answers row x with 10 * x + 1 tokens."""
+
+    def forward_step(self, data):
+        return {"x": data["x"], "response_token_ids": [[0] * (10 * int(x) + 1) for x in data["x"]]}
+
+
+def test_training_batches_are_balanced_by_the_tokens_that_a_stage_made():
+    writer, trainer = Writer("writer"), Tagger("trainer")
+
+    def flow(batch):
+        trainer.train_step(writer.forward_step(batch))
+
+    run, loop, _, _ = build_run(
+        flow,
+        {writer: (2, ONE), trainer: (1, ParallelLayout(dp_size=2))},
+        rows=4,
+        batch_sizes={"writer": 1},
+        train_limits=Limits(tokens=31),
+    )
+    loop.run_until(lambda: run.is_done)
+    # Lanes of 31 + 1 and of 21 + 11 tokens.
+    lanes = sorted(
+        [[row_id.prompt for row_id in part] for part in parts] for parts, _, _ in trainer.batches
+    )
+    assert lanes == [[[0], [3]], [[1], [2]]]
+
+
+def test_a_call_takes_all_samples_of_its_prompts_where_the_batch_size_allows():
+    sizes = {}
+    for batch_size in (2, 3, 4, 7):
+        module = Tagger("a")
+        run, loop, _, _ = build_run(
+            lambda batch, module=module: module.forward_step(batch),
+            {module: (1, ONE)},
+            rows=9,
+            samples=3,
+            batch_sizes={"a": batch_size},
+        )
+        loop.run_until(lambda run=run: run.is_done)
+        sizes[batch_size] = [len(row_ids) for row_ids, _ in module.calls]
+    assert sizes == {2: [2, 2, 2, 2, 1], 3: [3, 3, 3], 4: [3, 3, 3], 7: [6, 3]}
