@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PolicyLoss", "compute_policy_loss"]
+__all__ = ["PolicyLoss", "compute_policy_loss", "compute_rollout_weights"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,22 @@ def compute_policy_loss(
     plain_loss, clipped_loss = -ratio * advantages, -clipped * advantages
     loss = torch.maximum(plain_loss, clipped_loss)
     return PolicyLoss(loss, ratio.detach(), (clipped_loss > plain_loss).detach())
+
+
+def compute_rollout_weights(
+    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """Truncated importance weights min(exp(old - rollout), cap), without gradient.
+
+    A constant factor of each token's policy loss, for a sampler that computes the probabilities
+    of the same weights differently.
+
+    Args:
+        old_logprobs: [batch, seq] float32 of the trainer before the episode's first update.
+        rollout_logprobs: [batch, seq] float32 as the sampler reported them.
+        cap: above 0.
+
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training", truncated importance sampling.
+    """
+    return (old_logprobs - rollout_logprobs).detach().exp().clamp(max=cap)

@@ -32,7 +32,7 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "consumed_samples": "it is state of the run, not a setting",
         "cpu_schedule_strategy": "CPU-only models are packed",
         "data_checkpoint_path": _RESUME,
-        "data_rerank": "samples of one prompt are spread over the replicas by batch",
+        "data_rerank": "samples of one prompt stay in one call where its size allows",
         "enable_resume_training": _RESUME,
         "free_sync_collective_group": "the groups are kept for the run",
         "load_data_checkpoint_iteration": _RESUME,

@@ -27,6 +27,13 @@ def find_contradictions(config: Config) -> list[str]:
     problems = [line for name, model in config.models.items() for line in _check_model(name, model)]
     problems.extend(_check_batches(config.runtime))
     problems.extend(_check_colocation(config))
+    algorithm = config.runtime.algorithm
+    if algorithm.rollout_correction != "none" and algorithm.old_logprobs == "rollout":
+        problems.append(
+            f"runtime.algorithm: rollout_correction={algorithm.rollout_correction} weighs the "
+            "trainer's old probabilities against the sampler's; with old_logprobs=rollout they "
+            "are the same: use old_logprobs: auto"
+        )
     given = config.runtime_env.model_fields_set
     if given and config.runtime.backend == "local":
         problems.append(

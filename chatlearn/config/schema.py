@@ -129,10 +129,19 @@ class AlgorithmConfig(_Section):
     loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = Field(
         default="token_mean", description="how token losses become one number"
     )
-    old_logprobs: Literal["recompute", "rollout"] = Field(
-        default="recompute",
+    old_logprobs: Literal["auto", "recompute", "rollout"] = Field(
+        default="auto",
         description="denominator of the ratio: scored by the trainer before the episode's first "
-        "update, or as the sampler reported",
+        "update, or as the sampler reported; auto: scored where an episode has several updates or "
+        "`rollout_correction` needs it, else the ratio is 1",
+    )
+    rollout_correction: Literal["none", "truncate"] = Field(
+        default="none",
+        description="weight of the policy loss for what the sampler computes differently; "
+        "truncate: the old probability over the sampler's, at most `rollout_correction_cap`",
+    )
+    rollout_correction_cap: float = Field(
+        default=2.0, gt=0, description="most that `rollout_correction` weighs a token with"
     )
     dpo_beta: float = Field(default=0.1, gt=0, description="DPO's beta")
 
@@ -239,8 +248,8 @@ class RuntimeConfig(_Section):
     stream_data_loader_type: Literal["fixed", "dynamic"] = Field(
         default="fixed",
         description="fixed: train while rollouts run, unless the whole episode has to be there "
-        "(PPO or GRPO with `algorithm.old_logprobs: recompute`, or a sample manager); dynamic: "
-        "once all are there",
+        "(PPO or GRPO whose old log-probabilities are scored, see `algorithm.old_logprobs`, or a "
+        "sample manager); dynamic: once all are there",
     )
     max_relay_episode: Annotated[int, Field(ge=-1)] = Field(
         default=0, description="episodes kept for a sample manager; -1: all, 0: the current one"

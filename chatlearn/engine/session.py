@@ -95,7 +95,7 @@ class Session:
             for name, batch in calls.items()
         }
 
-    def flow_settings(self, iteration: int = 0) -> FlowSettings:
+    def flow_settings(self, iteration: int = 0, num_batches: int = 1) -> FlowSettings:
         """How the config wants flows to be cut into calls."""
         runtime = self.config.runtime
         return FlowSettings(
@@ -103,6 +103,7 @@ class Session:
             train_limits=_train_limits(runtime),
             is_deterministic=runtime.deterministic,
             iteration=iteration,
+            num_batches=num_batches,
         )
 
     def run_flow(self, run: FlowRun) -> None:

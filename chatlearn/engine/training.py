@@ -50,8 +50,9 @@ def train_on_samples(
     graph = session.plan.flows.trainer
     if graph is None:
         raise ConfigError("training needs a trainer flow")
-    trainer = _EpisodeTrainer(session, graph, iteration)
     runtime = session.config.runtime
+    num_batches = samples.num_batches * runtime.num_training_epoch
+    trainer = _EpisodeTrainer(session, graph, iteration, num_batches)
     if samples.num_batches and trainer.may_prepare:
         session.loop.run_until(lambda: samples.has_batch(0))
         nodes = trainer.find_preparing(samples.batch(0))
@@ -74,10 +75,13 @@ def train_on_samples(
 class _EpisodeTrainer:
     """Runs the trainer flow over one global batch after another."""
 
-    def __init__(self, session: Session, graph: FlowGraph, iteration: int) -> None:
+    def __init__(
+        self, session: Session, graph: FlowGraph, iteration: int, num_batches: int
+    ) -> None:
         self.session = session
         self.graph = graph
         self.iteration = iteration
+        self.num_batches = num_batches
         self.records: list[StageRecord] = []
 
     def train(self, batch: Batch) -> None:
@@ -140,6 +144,6 @@ class _EpisodeTrainer:
             batch,
             self.session.loop,
             self.session.pool,
-            self.session.flow_settings(iteration),
+            self.session.flow_settings(iteration, self.num_batches),
             on_stage=self.records.append,
         )

@@ -90,12 +90,14 @@ class FlowSettings:
         train_limits: of one micro-batch of a training call.
         is_deterministic: compose batches by row id, not by arrival.
         iteration: what modules get as `iteration` in training calls.
+        num_batches: global batches that the episode trains on, all epochs together.
     """
 
     batch_sizes: Mapping[str, int | None]
     train_limits: Limits = Limits(rows=1)
     is_deterministic: bool = False
     iteration: int = 0
+    num_batches: int = 1
 
 
 class FlowRun:
@@ -235,6 +237,10 @@ class FlowRun:
             for row_id in row_ids
         }
         cut = cut_batch(row_ids, len(lanes), self._settings.train_limits, loads)
+        num_calls = sum(
+            other.model_name == node.model_name and other.method_name == TRAIN_METHOD
+            for other in self._graph.nodes
+        )
         return tuple(
             TrainCall(
                 node.method_name,
@@ -243,6 +249,7 @@ class FlowRun:
                 self._settings.iteration,
                 row_ids[0],
                 node.constants,
+                self._settings.num_batches * num_calls,
             )
             for micro_batches in cut
         )

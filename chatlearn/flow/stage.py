@@ -59,6 +59,7 @@ class TrainCall:
     """One global batch of one lane: its micro-batches (perhaps empty ones) in order.
 
     `sample_row` is in every input, also where the lane has no rows: it shows the columns.
+    `num_updates` is how many updates the model makes in the whole episode.
     """
 
     method_name: str
@@ -67,6 +68,7 @@ class TrainCall:
     iteration: int
     sample_row: RowId
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    num_updates: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
 def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
     """Run one global batch of this lane through a training method."""
     micro_batches = _cut(call)
+    context.module.num_updates = call.num_updates
     start_s = time.time()
     result = invoke(
         context.module,
@@ -152,6 +155,7 @@ def prepare_episode(context: WorkerContext, calls: Sequence[TrainCall]) -> Stage
     start_s = time.time()
     batches = [_cut(call) for call in calls]
     row_ids = [[list(ids) for ids in call.micro_batches] for call in calls]
+    context.module.num_updates = calls[0].num_updates
     invoke_prepare_episode(context.module, batches, row_ids)
     num_rows = sum(len(ids) for call in calls for ids in call.micro_batches)
     return StageReport(start_s, time.time(), num_rows, context.module.take_metrics(), {})
@@ -160,6 +164,7 @@ def prepare_episode(context: WorkerContext, calls: Sequence[TrainCall]) -> Stage
 def wants_whole_episode(context: WorkerContext, call: TrainCall) -> bool:
     """Ask a trainer, by the columns of the sample row, whether it will use `prepare_episode`."""
     columns = _join([call.sample_row], call.inputs).columns
+    context.module.num_updates = call.num_updates
     return bool(context.module.wants_whole_episode(tuple(columns)))
 
 

@@ -53,6 +53,8 @@ class BaseModule:
         row_ids: during a call, the ids of its rows (in `train_step`: a list for each
             micro-batch; in `prepare_episode`: a list of those for each global batch).
         iteration: during a call, how many of its kind came before.
+        num_updates: in `wants_whole_episode`, `prepare_episode` and `train_step`: how many updates
+            the episode has for this model, all epochs together.
         policy_version: weight syncs received so far.
         needs_whole_episode: a trainer that sets this is shown all of an episode's batches, by
             `prepare_episode`, before its first update (see `wants_whole_episode`).
@@ -76,6 +78,7 @@ class BaseModule:
         self.optimizer: Any = None
         self.row_ids: Any = ()
         self.iteration = 0
+        self.num_updates = 0
         self.policy_version = 0
         self._context: WorkerContext | None = None
         self._module_args: ModelConfig | None = None
@@ -335,8 +338,8 @@ class BaseModule:
     def wants_whole_episode(self, columns: Sequence[str]) -> bool:
         """Whether `prepare_episode` is of use for an episode whose rows have these columns.
 
-        Asked of trainers whose `needs_whole_episode` is True. Where it is not, training can begin
-        while the episode's samples still arrive.
+        Asked of trainers whose `needs_whole_episode` is True, with `self.num_updates` at hand.
+        Where it is not, training can begin while the episode's samples still arrive.
         """
         del columns
         return self.needs_whole_episode

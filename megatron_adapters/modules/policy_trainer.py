@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from chatlearn.algorithms.advantages import whiten
+from chatlearn.algorithms.policy_loss import compute_rollout_weights
 from chatlearn.data.rows import RowId
 from chatlearn.errors import ConfigError, DataError, NumericsError
 from megatron_adapters.losses import (
@@ -36,14 +37,23 @@ class PolicyTrainer(TrainerModule):
         algorithm = self.algorithm
         self._old_logprobs: dict[RowId, torch.Tensor] = {}
         self._is_first_update = False
-        self.needs_whole_episode = algorithm.old_logprobs == "recompute" and algorithm.loss in (
-            "auto",
-            "ppo",
-        )
+        is_scored = algorithm.old_logprobs != "rollout"
+        self.needs_whole_episode = is_scored and algorithm.loss in ("auto", "ppo")
 
     def wants_whole_episode(self, columns: Sequence[str]) -> bool:
-        """Only PPO has old log-probabilities."""
-        return self.needs_whole_episode and self._choose_loss(columns) == "ppo"
+        """Only PPO has old log-probabilities, and a single update needs no score of them."""
+        is_ppo = self.needs_whole_episode and self._choose_loss(columns) == "ppo"
+        return is_ppo and self._is_scored_before()
+
+    def _is_scored_before(self) -> bool:
+        """Whether the old log-probabilities are scored before the episode's first update.
+
+        With one update they are the current ones: the loss takes those.
+        """
+        algorithm = self.algorithm
+        if algorithm.old_logprobs != "auto":
+            return algorithm.old_logprobs == "recompute"
+        return self.num_updates > 1 or algorithm.rollout_correction != "none"
 
     def prepare_episode(self, batches: list[list[Columns]]) -> None:
         """Score every response with the policy as it is before the episode's first update.
@@ -81,6 +91,7 @@ class PolicyTrainer(TrainerModule):
             self._add_old_logprobs(batches)
             if has_critic:
                 self._add_advantages(batches)
+            self._correct_for_rollout(batches)
         loss = build_policy_loss(
             self.algorithm,
             totals,
@@ -125,6 +136,8 @@ class PolicyTrainer(TrainerModule):
             for batch in batches:
                 batch.extras["old_logprobs"] = batch.extras["rollout_logprobs"]
             return
+        if not self._is_scored_before():
+            return
         for batch, ids in zip(batches, self.row_ids, strict=True):
             missing = [row_id for row_id in ids if row_id not in self._old_logprobs]
             if missing:
@@ -143,6 +156,17 @@ class PolicyTrainer(TrainerModule):
             advantages = [whiten(a, m, moments) for a, m in zip(advantages, masks, strict=True)]
         for batch, values in zip(batches, advantages, strict=True):
             batch.extras["advantages"] = values
+
+    def _correct_for_rollout(self, batches: Sequence[PaddedBatch]) -> None:
+        """Weigh each token's policy loss, which is linear in its advantage where that is scaled."""
+        if self.algorithm.rollout_correction == "none":
+            return
+        for extras in (batch.extras for batch in batches):
+            extras["advantages"] = extras["advantages"] * compute_rollout_weights(
+                extras["old_logprobs"],
+                extras["rollout_logprobs"],
+                self.algorithm.rollout_correction_cap,
+            )
 
     def _check_first_update(self, metrics: Mapping[str, float]) -> None:
         """In debug mode: nothing has been learned yet, so the ratio must be exactly 1."""

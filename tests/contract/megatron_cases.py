@@ -227,6 +227,7 @@ def train_ppo(rank, fields, kind="trainer"):
     runtime = {"debug": True, "algorithm": {"entropy_coef": 0.01}}
     module = build_module(rank, kind, fields, runtime=runtime)
     data, ids = lane_batches(module, make_rows(7), PPO)
+    module.num_updates = 2
     if kind == "trainer":
         module.row_ids = [ids]
         module.prepare_episode([data])

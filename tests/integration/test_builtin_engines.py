@@ -50,8 +50,30 @@ def test_grpo_trains_on_group_advantages(tmp_path):
     content = runs.config("grpo", names, runtime, reward=LOCAL_REWARD)
     result = learn(tmp_path, content, runs.prompts(6))
     assert result.metrics[-1]["train/policy_trainer/num_tokens"] > 0
-    assert result.metrics[0]["train/policy_trainer/update_kl"] == 0.0
-    assert result.metrics[0]["time/train/policy_trainer.prepare_episode"] > 0
+    first = result.metrics[0]
+    assert (first["train/policy_trainer/ratio_gap"], first["train/policy_trainer/update_kl"]) == (
+        0.0,
+        0.0,
+    )
+    # With one update in an episode nothing is scored twice.
+    assert "time/train/policy_trainer.prepare_episode" not in first
+
+
+@pytest.mark.parametrize(
+    ("change", "algorithm"),
+    [
+        ({"num_training_epoch": 2}, {}),
+        ({"train_global_batch_size": 8}, {}),
+        ({}, {"old_logprobs": "recompute"}),
+        ({}, {"rollout_correction": "truncate", "rollout_correction_cap": 1.5}),
+    ],
+)
+def test_old_logprobs_are_scored_where_the_algorithm_needs_them(tmp_path, change, algorithm):
+    runtime = {"sample_per_episode": 4, "num_samples_per_prompt": 4, "debug": True, **change}
+    names = ("policy", "reference", "policy_trainer")
+    content = runs.config("grpo", names, {**runtime, "algorithm": algorithm}, reward=LOCAL_REWARD)
+    first = learn(tmp_path, content, runs.prompts(6)).metrics[0]
+    assert first["time/train/policy_trainer.prepare_episode"] > 0
 
 
 def test_grpo_refuses_a_kl_in_the_reward(tmp_path):
@@ -95,7 +117,7 @@ def test_online_dpo_leaves_an_episode_out_whose_rewards_all_tie(tmp_path):
 def test_debug_mode_finds_a_ratio_that_is_not_one(tmp_path):
     trainer = {"module": "megatron_runs:ForgetfulTrainer"}
     names = ("policy", "reference", "policy_trainer")
-    runtime = {"sample_per_episode": 2, "num_samples_per_prompt": 2}
+    runtime = {"sample_per_episode": 2, "num_samples_per_prompt": 2, "num_training_epoch": 2}
     content = runs.config("grpo", names, runtime, reward=LOCAL_REWARD, policy_trainer=trainer)
     message = "the ratio differs from 1 by .*; expected exactly 1 and at most 1e-08"
     with pytest.raises(chatlearn.errors.ChatLearnError, match=message):
@@ -116,11 +138,14 @@ def test_without_a_reference_there_is_no_kl_to_it(tmp_path):
     assert "train/policy_trainer/kl" not in metrics
 
 
-@pytest.mark.parametrize(("columns", "is_wanted"), [("rewards", True), ("chosen_token_ids", False)])
-def test_only_ppo_sees_the_episode_before_its_first_update(columns, is_wanted):
+@pytest.mark.parametrize(
+    ("columns", "num_updates", "is_wanted"),
+    [("rewards", 2, True), ("rewards", 1, False), ("chosen_token_ids", 2, False)],
+)
+def test_only_ppo_of_several_updates_sees_the_episode_first(columns, num_updates, is_wanted):
     trainer = PolicyTrainer("policy_trainer")
     trainer.needs_whole_episode = True
-    trainer._runtime_args = RuntimeConfig()
+    trainer._runtime_args, trainer.num_updates = RuntimeConfig(), num_updates
     assert trainer.wants_whole_episode(["prompt_token_ids", columns]) is is_wanted
 
 
@@ -155,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_a_trainer_names_the_column_that_is_missing(tmp_path):
     content = runs.config("dpo", ("reference", "policy_trainer"), {"algorithm": {"loss": "ppo"}})
-    message = "the batch has no column 'response_token_ids'; it has prompt_token_ids, chosen"
+    message = "missing: response_token_ids, .*; the batch has prompt_token_ids, chosen"
     with pytest.raises(chatlearn.errors.ChatLearnError, match=message):
         learn(tmp_path, content, runs.pairs(4))
 

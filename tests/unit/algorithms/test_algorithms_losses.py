@@ -14,7 +14,7 @@ from chatlearn.algorithms.metrics import (
     explained_variance_sums,
     token_logprobs,
 )
-from chatlearn.algorithms.policy_loss import compute_policy_loss
+from chatlearn.algorithms.policy_loss import compute_policy_loss, compute_rollout_weights
 from chatlearn.algorithms.preference_loss import compute_dpo_loss, compute_pairwise_loss
 from chatlearn.algorithms.rewards import spread_rewards
 from chatlearn.algorithms.value_loss import compute_value_loss
@@ -80,6 +80,14 @@ def test_a_clipped_token_has_no_gradient():
     assert logprobs.grad is not None
     torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, -1.1]]))
     assert not found.ratio.requires_grad
+
+
+def test_rollout_weights_are_old_over_sampled_probability_up_to_the_cap():
+    old = torch.tensor([[log(0.3), log(0.1), log(0.9), 0.0]], requires_grad=True)
+    sampled = torch.tensor([[log(0.2), log(0.4), log(0.2), 0.0]])
+    found = compute_rollout_weights(old, sampled, 2.0)
+    torch.testing.assert_close(found, torch.tensor([[1.5, 0.25, 2.0, 1.0]]))
+    assert not found.requires_grad
 
 
 def test_value_loss_takes_the_larger_error_of_plain_and_clipped_prediction():

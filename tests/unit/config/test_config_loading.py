@@ -157,6 +157,10 @@ def test_sizes_of_a_model_that_do_not_add_up_are_refused_with_the_sum(keys, line
             "sample_per_episode x num_samples_per_prompt = 4 x 2 = 8",
         ),
         ({"data_path": ["a", "b"], "data_ratio": "1,2,3"}, "data_ratio has 3 numbers for 2 files"),
+        (
+            {"algorithm": {"old_logprobs": "rollout", "rollout_correction": "truncate"}},
+            "with old_logprobs=rollout they are the same",
+        ),
         ({"colocation": ["policy,polcy"]}, "'polcy' is not one of the models ['policy']"),
         ({"colocation": ["policy", ["policy"]]}, "'policy' is in more than one group"),
     ],

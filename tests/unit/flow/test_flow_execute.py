@@ -322,3 +322,16 @@ def test_a_call_takes_all_samples_of_its_prompts_where_the_batch_size_allows():
         loop.run_until(lambda run=run: run.is_done)
         sizes[batch_size] = [len(row_ids) for row_ids, _ in module.calls]
     assert sizes == {2: [2, 2, 2, 2, 1], 3: [3, 3, 3], 4: [3, 3, 3], 7: [6, 3]}
+
+
+def test_a_trainer_knows_how_many_updates_its_episode_has():
+    once, twice = Tagger("a"), Tagger("b")
+
+    def flow(batch):
+        once.train_step(batch)
+        twice.train_step(batch)
+        twice.train_step(batch)
+
+    run, loop, _, _ = build_run(flow, {once: (1, ONE), twice: (1, ONE)}, rows=2, num_batches=3)
+    loop.run_until(lambda: run.is_done)
+    assert (once.num_updates, twice.num_updates) == (3, 6)
