@@ -4,7 +4,6 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH_CPU ?= torch==2.13.0
-export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long check bench format docs clean
@@ -21,6 +20,8 @@ $(VENV)/.ready: pyproject.toml
 demo: setup ## Watch PPO teach a small model to add (ALGO=ppo|grpo, REWARD=rule|model, SEED=0)
 	@$(BIN)/python -m scripts.demo.run --algo "$(or $(ALGO),ppo)" --reward "$(or $(REWARD),rule)" \
 		--seed "$(or $(SEED),0)" $(ARGS)
+
+test test-long: export OMP_NUM_THREADS ?= 1
 
 test: setup ## Run the tests (no GPU needed)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -11,7 +11,7 @@ Runs `chatlearn train CONFIG ...`, or the program, on this machine. Ray is start
 joined where RAY_ADDRESS is set.
 
 environment:
-  OMP_NUM_THREADS  threads of a process; 1 where unset
+  OMP_NUM_THREADS  threads of a worker; unset: its share of the node's cores
   PYTHON           the interpreter; else .venv of this checkout, else python3
 TEXT
 }
@@ -24,7 +24,6 @@ esac
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 if [[ "$1" == *.py ]]; then
   exec "$python" "$@"

@@ -19,7 +19,7 @@ environment:
   RAY_AUTH_TOKEN_PATH         either ~/.ray/auth_token, which node 0 makes (a shared home)
   RAY_START_ARGS              further arguments of `ray start` on this node
   CHATLEARN_STARTUP_TIMEOUT_S limit of the nodes' coming together; 300 where unset
-  OMP_NUM_THREADS             threads of a process; 1 where unset
+  OMP_NUM_THREADS             threads of a worker; unset: its share of the node's cores
   PYTHON                      the interpreter; else .venv of this checkout, else python3
 TEXT
 }
@@ -32,7 +32,6 @@ esac
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 if [[ "$1" == *.py ]]; then
   exec "$python" -m chatlearn.runtime.launch "$python" "$@"

@@ -21,7 +21,7 @@ environment:
   RAY_AUTH_TOKEN, or       the token that all nodes share, or a file that holds it; without
   RAY_AUTH_TOKEN_PATH      either ~/.ray/auth_token, which node 0 makes (a shared home)
   RAY_START_ARGS           further arguments of `ray start` on this node
-  OMP_NUM_THREADS          threads of a process; 1 where unset
+  OMP_NUM_THREADS          threads of a worker; unset: its share of the node's cores
   PYTHON                   the interpreter; else .venv of this checkout, else python3
 TEXT
 }
@@ -40,7 +40,6 @@ fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # Not torchrun itself, which ends with 1 whatever the driver ended with.
 torchrun=("$python" -m chatlearn.runtime.torchrun

@@ -6,6 +6,7 @@ the WorkerError is raised from it.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from chatlearn.runtime.contract import (
 from chatlearn.runtime.placement import check_local_sizes
 from chatlearn.runtime.process_world import WorkerIdentity, close_world, join_world
 from chatlearn.runtime.remote_values import resolve_arguments
+from chatlearn.runtime.threads import ThreadShare, count_cores, given_threads
 
 if TYPE_CHECKING:
     from chatlearn.config import Config
@@ -103,6 +105,7 @@ class LocalBackend:
     def __init__(self) -> None:
         self._groups: list[_LocalGroup] = []
         self._owns_world = False
+        self._threads_before: int | None = None
 
     def start(
         self, specs: Sequence[ModelSpec], placement: PlacementPlan, config: Config
@@ -112,10 +115,15 @@ class LocalBackend:
         Raises:
             PlacementError: a model asks for more than one rank; names it.
         """
+        import torch
         import torch.distributed as dist
 
         check_local_sizes({s.name: s.num_replicas * s.layout.world_size for s in specs})
         self._owns_world = not dist.is_initialized()
+        # One model works at a time, so each may use all cores.
+        self._threads_before = torch.get_num_threads()
+        given = given_threads(config.runtime_env.env_vars, os.environ)
+        torch.set_num_threads(ThreadShare(given=given).count_threads(count_cores()))
         groups: dict[str, tuple[WorkerGroup, ...]] = {}
         for spec in specs:
             identity = WorkerIdentity(
@@ -158,6 +166,11 @@ class LocalBackend:
         for group in reversed(self._groups):
             group.close()
         self._groups.clear()
+        if self._threads_before is not None:
+            import torch
+
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
         if self._owns_world:
             self._owns_world = False
             close_world()

@@ -24,6 +24,7 @@ from chatlearn.runtime.module_packing import pack_module
 from chatlearn.runtime.ray_errors import describe_failure, pick_cause
 from chatlearn.runtime.ray_placement import ActorSlot, create_groups
 from chatlearn.runtime.ray_worker import RayWorker, WorkerSettings
+from chatlearn.runtime.threads import ThreadShare, given_threads, plan_thread_shares
 
 if TYPE_CHECKING:
     from chatlearn.config import Config
@@ -117,9 +118,10 @@ class RayBackend:
         else:
             ray_cluster.start_cluster(config)
         slots = create_groups(placement, self._placement_groups, timeout_s)
-        threads = _threads_per_worker(placement)
+        given = given_threads(config.runtime_env.env_vars, os.environ)
+        shares = plan_thread_shares(placement, given)
         for place in placement.places:
-            self._actors.append(_Actor(self._create(place, slots[place], threads), place))
+            self._actors.append(_Actor(self._create(place, slots[place], shares[place]), place))
         return self._connect(specs, modules, config)
 
     def put(self, value: Any) -> RemoteValue:
@@ -199,14 +201,13 @@ class RayBackend:
         self._actors.clear()
         self._watches.clear()
 
-    def _create(self, place: WorkerPlace, slot: ActorSlot, threads: int) -> Any:
+    def _create(self, place: WorkerPlace, slot: ActorSlot, share: ThreadShare) -> Any:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         name = f"{place.model_name}.r{place.replica}.{place.rank}"
-        environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         settings = WorkerSettings(
-            environment, tuple(sys.path), str(self._log_dir.resolve() / f"{name}.log")
+            share, tuple(sys.path), str(self._log_dir.resolve() / f"{name}.log")
         )
         strategy = PlacementGroupSchedulingStrategy(slot.group, slot.bundle)
         # Groups of their own let a busy worker still be watched and asked for its stack.
@@ -360,11 +361,6 @@ class RayBackend:
             return first
         time.sleep(_GRACE_S)
         return pick_cause([first, *self._failures(self._ready_watches(), {})])
-
-
-def _threads_per_worker(placement: PlacementPlan) -> int:
-    workers_per_node = max(1, len(placement.places) // placement.num_nodes)
-    return max(1, (os.cpu_count() or 1) // workers_per_node)
 
 
 def _label(worker: WorkerSummary) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import WorkerError
+from chatlearn.runtime.threads import ThreadShare, count_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,12 +30,12 @@ class WorkerSettings:
     """What an actor is told when it is made.
 
     Attributes:
-        environment: variables to set before torch is imported.
+        threads: the worker's part of its node's cores.
         import_path: the driver's `sys.path`, so that user modules are found.
         log_path: file that gets the worker's standard output and error.
     """
 
-    environment: dict[str, str]
+    threads: ThreadShare
     import_path: tuple[str, ...]
     log_path: str
 
@@ -52,7 +53,9 @@ class RayWorker:
     """Hosts one rank of one model."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        os.environ.update(settings.environment)
+        threads = str(settings.threads.count_threads(count_cores()))
+        # Before torch is imported; Ray has set them to the CPUs that the actor reserves.
+        os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
         for entry in settings.import_path:
             if entry not in sys.path:
                 sys.path.append(entry)

@@ -16,6 +16,7 @@ from chatlearn.runtime.contract import ModelSpec
 from chatlearn.runtime.local_backend import LocalBackend
 from chatlearn.runtime.placement import DeviceInventory, build_requests, plan_placement
 from chatlearn.runtime.ray_backend import RayBackend
+from chatlearn.runtime.threads import count_cores
 
 TIMEOUT_S = 30.0
 
@@ -55,6 +56,12 @@ def who(context):
     return context.model_name, context.replica, context.rank, os.getpid()
 
 
+def count_threads(_context):
+    import torch
+
+    return torch.get_num_threads()
+
+
 def start(backend, config=None, names=("left", "right")):
     config = load_config(config or {})
     requests = build_requests(config, names, ())
@@ -83,6 +90,26 @@ def running(request):
     backend = LocalBackend()
     yield backend, start(backend)
     backend.close()
+
+
+@pytest.mark.parametrize("given", [None, 3])
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_threads_follow_from_the_placement_unless_they_are_set(
+    kind, given, ray_cluster, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    variables = {"OMP_NUM_THREADS": given} if given else {}
+    backend = LocalBackend() if kind == "local" else RayBackend(tmp_path)
+    if given and kind == "local":
+        monkeypatch.setenv("OMP_NUM_THREADS", str(given))
+        variables = {}
+    try:
+        groups = start(backend, {"runtime_env": {"env_vars": variables}} if variables else None)
+        found = backend.fetch(groups["left"][0].call(count_threads)[0], TIMEOUT_S)
+    finally:
+        backend.close()
+    # The two models of `ray` may work at the same time.
+    assert found == (given or max(1, count_cores() // (1 if kind == "local" else 2)))
 
 
 def test_groups_say_who_their_workers_are(running):
