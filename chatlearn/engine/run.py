@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chatlearn.checkpoint.folders import RunState, begin_checkpoint, prune_checkpoints
 from chatlearn.engine.episode_metrics import average_workers, summarize_records, wall_seconds
 from chatlearn.engine.evaluation import Evaluation, run_evaluation
+from chatlearn.engine.overhead import OverheadMeter
 from chatlearn.engine.planning import synced_in_episode
 from chatlearn.engine.prompts import PromptSource
 from chatlearn.engine.result import RunResult
@@ -23,12 +24,14 @@ from chatlearn.errors import ChatLearnError, ConfigError, DataError
 from chatlearn.sync.synchronizer import SyncSettings, WeightSynchronizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Self
 
     from chatlearn.config import Config
     from chatlearn.engine.engine import Engine
     from chatlearn.flow.call_loop import CallLoop
+    from chatlearn.flow.execute import StageRecord
 
 __all__ = ["Terminated", "run_engine"]
 
@@ -77,12 +80,16 @@ class _Run:
         self.num_finished = 0
         self.version = 0
         self.start_metrics: dict[str, float] = {}
-        self.syncs = [
-            (destination, self._build_synchronizer(source, destination))
-            for source, destination in session.plan.flows.syncs
-        ]
+        self.syncs = [(pair, self._build_synchronizer(*pair)) for pair in session.plan.flows.syncs]
         self.eval_prompts = self._build_eval_prompts()
         self.rollout = Rollout(engine, session, log) if engine.datasets_needed else None
+        flows = session.plan.flows
+        self.overhead = OverheadMeter(
+            (flows.environment, flows.trainer, flows.evaluator),
+            self.runtime.colocation_groups,
+            has_manager=engine.sample_manager is not None,
+            now_s=time.time(),
+        )
 
     def execute(self) -> RunResult:
         """Every episode, one after another."""
@@ -106,6 +113,7 @@ class _Run:
         if self.runtime.enable_eval_before_training and self.eval_prompts is not None:
             metrics = {**self._take_start_metrics(), **self._evaluate(episode=0)}
             self.log.write_extra(0, metrics)
+        self.overhead.finish(time.time())
         for episode in range(self.runtime.num_episode):
             self._run_episode(self.rollout, episode)
 
@@ -125,23 +133,30 @@ class _Run:
             records = train_on_samples(self.session, rollout, samples, self.train_iteration)
             self.train_iteration += records.num_batches
             metrics.update(summarize_records(records.records, "train"))
-            self.log.add_spans(records.records)
+            self._add_calls(records.records)
         rollout.finish()
         metrics.update(rollout.metrics())
-        self.log.add_spans(rollout.records)
+        self._add_calls(rollout.records)
         metrics.update(self._synchronize(episode))
         metrics.update(self._save(episode))
         if self._is_evaluated(episode):
             metrics.update(self._evaluate(episode + 1))
         metrics.update(average_workers(self.session.finish_episode(), "episode"))
         metrics["time/episode"] = time.monotonic() - start_s
+        metrics.update(self.overhead.finish(time.time()))
         self.num_finished = episode + 1
         self.log.write(episode, self.runtime.num_episode, metrics)
+
+    def _add_calls(self, records: Sequence[StageRecord]) -> None:
+        """Put finished calls on the timeline, and into the account of the workers' time."""
+        self.log.add_spans(records)
+        self.overhead.add_calls(records)
 
     def _synchronize(self, episode: int | None) -> dict[str, float]:
         """Move the weights of every pair that is due; at the start (None) those of all."""
         metrics: dict[str, float] = {}
-        for destination, synchronizer in self.syncs:
+        for pair, synchronizer in self.syncs:
+            destination = pair[1]
             frequency = self.session.config.model(destination).sync_frequency
             if not synced_in_episode(episode, frequency):
                 continue
@@ -150,6 +165,7 @@ class _Run:
             metrics[f"sync/{destination}/seconds"] = report.seconds
             metrics[f"sync/{destination}/bytes"] = float(report.num_bytes)
             self.log.timeline.add("sync", destination, report.start_s, report.end_s)
+            self.overhead.add_models(report.start_s, report.end_s, pair)
         self.version += 1
         return metrics
 
@@ -160,7 +176,7 @@ class _Run:
         self.log.progress.stage("evaluating", 0, sum(self.eval_prompts.lengths))
         info = {"episode_iteration": episode, "train_iteration": self.train_iteration}
         self.evaluation = run_evaluation(self.session, evaluator, self.eval_prompts, info)
-        self.log.add_spans(self.evaluation.records)
+        self._add_calls(self.evaluation.records)
         metrics = summarize_records(self.evaluation.records, "eval")
         metrics.update({f"eval/{name}": v for name, v in self.evaluation.metrics.items()})
         metrics["time/eval"] = wall_seconds(self.evaluation.records)
@@ -178,9 +194,11 @@ class _Run:
         interval = self.runtime.save_episode_interval
         if interval is None or (episode + 1) % interval:
             return {}
-        start_s = time.monotonic()
+        start_s = time.time()
         self._write_checkpoint(episode + 1)
-        return {"time/save": time.monotonic() - start_s}
+        end_s = time.time()
+        self.overhead.add_models(start_s, end_s, self.session.plan.flows.trainable)
+        return {"time/save": end_s - start_s}
 
     def _write_checkpoint(self, episode: int) -> str:
         self.log.progress.stage("saving")

@@ -71,6 +71,8 @@ class StageRecord:
         report: what the worker told.
         position: where the call stands in the flow: whether its rows go into a returned value,
             and the index of its node. What two calls both give is, in the end, the greater's.
+        row_ids: its rows.
+        node_index: its node in the flow; None for what the engine does besides.
     """
 
     flow_name: str
@@ -79,6 +81,8 @@ class StageRecord:
     lane: str
     report: StageReport
     position: tuple[bool, int] = (False, 0)
+    row_ids: Sequence[RowId] = ()
+    node_index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ class FlowRun:
         def finish() -> None:
             self._pool.release(lane)
             report = self._loop.backend.fetch(output_call, self._loop.stage_timeout_s, output=1)
-            self._record(node, lane.label, report)
+            self._record(node, lane.label, report, row_ids)
             self._finish_rows(node, row_ids, output_call.outputs[0], report.loads)
 
         self._loop.submit(calls, finish, f"{node.model_name}.{node.method_name}")
@@ -220,7 +224,7 @@ class FlowRun:
             def finish(lane: Lane = lane, output_call: PendingCall = output_call) -> None:
                 nonlocal waiting
                 report = self._loop.backend.fetch(output_call, self._loop.stage_timeout_s)
-                self._record(node, lane.label, report)
+                self._record(node, lane.label, report, row_ids)
                 waiting -= 1
                 if waiting == 0:
                     for each in lanes:
@@ -297,7 +301,18 @@ class FlowRun:
                 outputs = dict.fromkeys(self._graph.outputs)
                 self._on_row(row_id, tuple(self._sources[index][row_id] for index in outputs))
 
-    def _record(self, node: FlowNode, lane: str, report: StageReport) -> None:
-        name, position = self._graph.name, (node.index in self._returned, node.index)
-        record = StageRecord(name, node.model_name, node.method_name, lane, report, position)
-        self._on_stage(record)
+    def _record(
+        self, node: FlowNode, lane: str, report: StageReport, row_ids: Sequence[RowId]
+    ) -> None:
+        self._on_stage(
+            StageRecord(
+                self._graph.name,
+                node.model_name,
+                node.method_name,
+                lane,
+                report,
+                (node.index in self._returned, node.index),
+                row_ids,
+                node.index,
+            )
+        )
