@@ -83,13 +83,7 @@ class _Run:
         self.syncs = [(pair, self._build_synchronizer(*pair)) for pair in session.plan.flows.syncs]
         self.eval_prompts = self._build_eval_prompts()
         self.rollout = Rollout(engine, session, log) if engine.datasets_needed else None
-        flows = session.plan.flows
-        self.overhead = OverheadMeter(
-            (flows.environment, flows.trainer, flows.evaluator),
-            self.runtime.colocation_groups,
-            has_manager=engine.sample_manager is not None,
-            now_s=time.time(),
-        )
+        self.overhead = self._build_overhead()
 
     def execute(self) -> RunResult:
         """Every episode, one after another."""
@@ -244,6 +238,18 @@ class _Run:
         )
         synchronizer.prepare()
         return synchronizer
+
+    def _build_overhead(self) -> OverheadMeter:
+        flows, groups = self.session.plan.flows, self.runtime.colocation_groups
+        if self.runtime.backend == "local":
+            # One process: every model takes turns with every other.
+            groups = (tuple(flows.modules),)
+        return OverheadMeter(
+            (flows.environment, flows.trainer, flows.evaluator),
+            groups,
+            has_manager=self.engine.sample_manager is not None,
+            now_s=time.time(),
+        )
 
     def _build_eval_prompts(self) -> PromptSource | None:
         graph = self.session.plan.flows.evaluator

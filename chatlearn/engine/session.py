@@ -10,6 +10,7 @@ from chatlearn.engine.worker_calls import ModuleInfo, finish_episode, set_up_mod
 from chatlearn.flow.call_loop import CallLoop
 from chatlearn.flow.execute import FlowSettings
 from chatlearn.flow.lanes import LanePool
+from chatlearn.models.base import BaseModule
 from chatlearn.runtime.contract import ModelSpec
 
 if TYPE_CHECKING:
@@ -115,8 +116,15 @@ class Session:
             self.loop.detach(run)
 
     def start_episode(self) -> None:
-        """Call every module's `before_episode`."""
-        self.call_all(start_episode)
+        """Call `before_episode` of every module that has one of its own."""
+        modules = self.plan.flows.modules
+        names = tuple(
+            name
+            for name in self.groups
+            if type(modules[name]).before_episode is not BaseModule.before_episode
+        )
+        if names:
+            self.call_all(start_episode, names=names)
 
     def finish_episode(self) -> dict[str, list[Mapping[str, float]]]:
         """Call every module's `after_episode`; gives the metrics they logged."""
