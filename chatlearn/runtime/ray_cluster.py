@@ -100,13 +100,24 @@ def _kept_sigterm_handler() -> Generator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
+@contextmanager
+def _set_for_children(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the processes that are started within."""
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+
+
 def start_cluster(config: Config) -> None:
     """Start a Ray of one node for this process, whose workers get `runtime_env`."""
     prepare_token()
     import ray
 
     free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
-    with _kept_sigterm_handler():
+    with _kept_sigterm_handler(), _set_for_children(build_allocator_environment()):
         ray.init(
             address="local",  # or Ray would join any cluster that runs on this machine
             include_dashboard=False,
