@@ -121,22 +121,17 @@ class FusedAttention(nn.Module):
     def _attend_cached(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: CacheView
     ) -> torch.Tensor:
-        keys, values = view.extend(self.layer_number, key, value)
-        batch, heads, tokens, size = query.shape
-        groups = keys.shape[1]
-        if tokens == 1:
-            # The query heads of a group become rows of one product with its keys.
-            query = query.reshape(batch, groups, heads // groups, size)
-        # The same kernel as without a cache, so that bf16 rounds the same way in both.
-        context = functional.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=view.mask,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != groups,
+        """Packed tokens as one row: [1, heads, packed, size] each, see `CacheView.attend`."""
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        packed, groups, size = key.shape
+        context = view.attend(
+            self.layer_number,
+            query.reshape(packed, groups, -1, size),
+            key,
+            value,
+            self.softmax_scale,
         )
-        return context.reshape(batch, heads, tokens, size)
+        return context.view(packed, -1, size).transpose(0, 1)[None]
 
 
 def has_window(config: Any, layer_number: int) -> bool:

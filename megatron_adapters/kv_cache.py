@@ -1,19 +1,35 @@
-"""Keys and values of the sequences that are being generated, by layer and slot."""
+"""Keys and values of the sequences that are being generated, by layer and slot.
 
+A forward pass runs over packed tokens: first one for each slot that decodes (the slots from 0 on,
+so the cache is read through views), then the chunks of prompts. `CacheView` says for one pass what
+each token sees; Megatron's attention core gets it in place of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
-__all__ = ["CacheView", "KVCache"]
+from chatlearn.generation.contract import DecodeRows, PromptChunk, SlotCopy
+
+__all__ = ["CacheView", "ChunkGroup", "KVCache"]
 
 
 class KVCache:
     """Preallocated keys and values of this rank's layers and key-value heads.
 
+    Two slots more than asked for: in the first the generator keeps a prompt, in the second go the
+    tokens that only fill up a batch.
+
     Args:
-        num_layers: layers of this rank (all model chunks together).
+        num_layers: layers of this rank.
         num_slots: sequences in flight.
-        max_length: tokens of a slot.
+        length: tokens of a slot.
         num_heads: key-value heads of this rank.
         head_size: length of a head.
         dtype: of keys and values.
@@ -24,68 +40,284 @@ class KVCache:
         self,
         num_layers: int,
         num_slots: int,
-        max_length: int,
+        length: int,
         num_heads: int,
         head_size: int,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_slots, num_heads, max_length, head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_slots = num_slots
+        self.length = length
+        shape = (num_layers, 2, num_slots + 2, num_heads, length, head_size)
+        # Zeros, for what a mask hides still takes part with weight 0, and must be finite.
+        self._all = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = [layer[0] for layer in self._all]
+        self.values = [layer[1] for layer in self._all]
+
+    def copy(self, copies: Sequence[SlotCopy]) -> None:
+        """Copy between slots, one after the other."""
+        for copy in copies:
+            end = copy.target + copy.num_targets
+            source = self._all[:, :, copy.source : copy.source + 1, :, : copy.length]
+            self._all[:, :, copy.target : end, :, : copy.length] = source
+
+
+@dataclass(frozen=True)
+class ChunkGroup:
+    """Chunks of equal length that attend in one call: all at their prompt's beginning, or one.
+
+    Attributes:
+        first: place of the first token in the pass.
+        num_chunks: how many.
+        tokens: of each.
+        start: tokens that are in the slot before.
+        slot: of the one chunk; unused for chunks at the beginning.
+        mask: [tokens, start + tokens] bool, True where a token may look; None: causal.
+    """
+
+    first: int
+    num_chunks: int
+    tokens: int
+    start: int
+    slot: int
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class CacheView:
-    """What one forward pass reads and writes; stands in for the attention mask.
+    """What one forward pass reads and writes.
 
     Attributes:
         cache: of this rank.
-        slots: [batch] int64.
-        positions: [batch, tokens] int64, where each new token goes in its slot.
         layer_index: cache layer of each of Megatron's layer numbers.
-        mask: [batch, 1, tokens, length] bool; True where a new token may look.
-        length: longest prefix in the batch, the new tokens included.
+        token_ids: [packed] int64.
+        positions: [packed] int64, where each token goes in its slot.
+        slots: [packed] int64.
+        num_rows: tokens that decode; they come first, for the slots from 0 on.
+        longest: keys that the longest of these sees.
+        column: the position of all of these, if it is the same.
+        bias: [rows, 1, 1, longest], 0 where a row may look, else -inf; None: everywhere.
+        groups: the chunks, in the order of their tokens.
+        wanted: places of the tokens whose logits are wanted; None: all.
     """
 
     cache: KVCache
-    slots: torch.Tensor
-    positions: torch.Tensor
     layer_index: dict[int, int]
-    mask: torch.Tensor
-    length: int
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    num_rows: int
+    longest: int
+    column: int | None
+    bias: torch.Tensor | None
+    groups: tuple[ChunkGroup, ...]
+    wanted: torch.Tensor | None
 
     @classmethod
     def build(
         cls,
         cache: KVCache,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
         layer_index: dict[int, int],
-    ) -> "CacheView":
-        """View for new tokens at `positions`; each sees its slot's tokens up to itself."""
-        length = int(positions.max()) + 1
-        keys = torch.arange(length, device=positions.device)
-        mask = keys[None, None, None, :] <= positions[:, None, :, None]
-        return cls(cache, slots, positions, layer_index, mask, length)
+        chunks: Sequence[PromptChunk],
+        rows: DecodeRows | None,
+        device: torch.device,
+    ) -> CacheView:
+        """View of a pass."""
+        num_rows = 0 if rows is None else len(rows.token_ids)
+        packed = _PackedChunks.build(chunks, num_rows, device)
+        longest, column, bias = 0, None, None
+        if rows is None:
+            token_ids, positions, slots = packed.token_ids, packed.positions, packed.slots
+        else:
+            token_ids, positions = rows.token_ids, rows.positions
+            slots = torch.arange(num_rows, device=device)
+            longest = rows.longest
+            if rows.is_even:
+                column = longest - 1
+            else:
+                bias = row_bias(positions, longest, cache.keys[0].dtype)
+            if chunks:
+                token_ids = torch.cat([token_ids, packed.token_ids])
+                positions = torch.cat([positions, packed.positions])
+                slots = torch.cat([slots, packed.slots])
+        wanted = None
+        if chunks:
+            places = torch.tensor(packed.wanted, dtype=torch.int64, device=device)
+            wanted = torch.cat([torch.arange(num_rows, device=device), places])
+        return cls(
+            cache,
+            layer_index,
+            token_ids,
+            positions,
+            slots,
+            num_rows,
+            longest,
+            column,
+            bias,
+            packed.groups,
+            wanted,
+        )
 
-    def extend(
-        self, layer_number: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens' keys and values; gives those of the whole prefixes.
+    def attend(
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Write the new keys and values, and attend to those of the whole prefixes.
 
         Args:
             layer_number: Megatron's, counted from 1 over the whole model.
-            keys: [batch, heads, tokens, size].
-            values: [batch, heads, tokens, size].
+            query: [packed, groups, heads of a group, size].
+            key: [packed, groups, size].
+            value: [packed, groups, size].
+            scale: factor of the scores; None: 1 / sqrt(size).
 
         Returns:
-            Keys and values, [batch, heads, length, size] each.
+            [packed, heads * size].
         """
         layer = self.layer_index[layer_number]
-        all_keys, all_values = self.cache.keys[layer], self.cache.values[layer]
-        slots = self.slots[:, None]
-        all_keys[slots, :, self.positions] = keys.transpose(1, 2)
-        all_values[slots, :, self.positions] = values.transpose(1, 2)
-        return all_keys[self.slots, :, : self.length], all_values[self.slots, :, : self.length]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        self._write(keys, key)
+        self._write(values, value)
+        count = self.num_rows
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        if not self.groups:
+            return self._attend_rows(query, keys, values, factor)
+        parts = [self._attend_rows(query[:count], keys, values, factor)] if count else []
+        for group in self.groups:
+            at = slice(group.first, group.first + group.num_chunks * group.tokens)
+            parts.append(_attend_chunks(group, query[at], key[at], value[at], keys, values, factor))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _write(self, cached: torch.Tensor, new: torch.Tensor) -> None:
+        count = self.num_rows
+        if self.column is not None:
+            cached[:count, :, self.column] = new[:count]
+            if not self.groups:
+                return
+            cached[self.slots[count:], :, self.positions[count:]] = new[count:]
+        else:
+            cached[self.slots, :, self.positions] = new
+
+    def _attend_rows(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One token a slot; the query heads of a group are rows of one product with its keys."""
+        count, groups, heads, size = query.shape
+        keys, values = keys[:count, :, : self.longest], values[:count, :, : self.longest]
+        if query.dtype != torch.float32 or query.device.type != "cpu":
+            # The same kernel as without a cache, so that bf16 rounds the same way in both.
+            context = functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=self.bias, scale=scale
+            )
+            return context.reshape(count, groups * heads * size)
+        # On a CPU plain products take about half the time of torch's kernel for one token.
+        query = query.reshape(count * groups, heads, size)
+        keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
+        if self.bias is None:
+            scores = torch.baddbmm(query.new_empty(()), query, keys, beta=0, alpha=scale)
+        else:
+            bias = self.bias[:, 0].repeat_interleave(groups, 0)
+            scores = torch.baddbmm(bias, query, keys, alpha=scale)
+        return torch.bmm(scores.softmax(-1), values).view(count, groups * heads * size)
+
+
+def row_bias(positions: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, 1, 1, longest], 0 up to each row's position, else -inf."""
+    is_hidden = torch.arange(longest, device=positions.device) > positions[:, None]
+    bias = torch.zeros(is_hidden.shape, dtype=dtype, device=positions.device)
+    return bias.masked_fill_(is_hidden, float("-inf"))[:, None, None]
+
+
+@dataclass(frozen=True)
+class _PackedChunks:
+    """Chunks side by side, those that attend together next to each other.
+
+    `wanted` are the places of the last tokens of prompts, in the order in which the chunks came.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    groups: tuple[ChunkGroup, ...]
+    wanted: list[int]
+
+    @classmethod
+    def build(
+        cls, chunks: Sequence[PromptChunk], first: int, device: torch.device
+    ) -> _PackedChunks:
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        if not chunks:
+            return cls(empty, empty, empty, (), [])
+        order = sorted(range(len(chunks)), key=lambda at: _kind(chunks[at]))
+        ordered = [chunks[at] for at in order]
+        groups, ends, at = list[ChunkGroup](), dict[int, int](), first
+        for (start, slot, tokens), members in groupby(ordered, _kind):
+            count, mask = len(list(members)), None
+            if start:
+                mask = torch.ones((tokens, start + tokens), dtype=torch.bool, device=device)
+                mask = mask.tril(start)
+            groups.append(ChunkGroup(at, count, tokens, start, slot, mask))
+            for _ in range(count):
+                at += tokens
+                ends[order[len(ends)]] = at - 1
+        lengths = torch.tensor([len(chunk.token_ids) for chunk in ordered])
+        slots = torch.tensor([chunk.slot for chunk in ordered]).repeat_interleave(lengths)
+        positions = torch.cat(
+            [torch.arange(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in ordered]
+        )
+        return cls(
+            torch.cat([chunk.token_ids for chunk in ordered]).to(device),
+            positions.to(device),
+            slots.to(device),
+            tuple(groups),
+            [ends[at] for at, chunk in enumerate(chunks) if chunk.is_last],
+        )
+
+
+class _Kind(NamedTuple):
+    """Equal for chunks that attend together."""
+
+    start: int
+    slot: int
+    tokens: int
+
+
+def _kind(chunk: PromptChunk) -> _Kind:
+    return _Kind(chunk.start, chunk.slot if chunk.start else 0, len(chunk.token_ids))
+
+
+def _attend_chunks(
+    group: ChunkGroup,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """[chunks * tokens, heads * size]; chunks at their prompt's beginning need no cache."""
+    shape = (group.num_chunks, group.tokens)
+    num_groups, heads, size = query.shape[1:]
+    query = query.reshape(*shape, num_groups * heads, size).transpose(1, 2)
+    if group.start:
+        end = group.start + group.tokens
+        key = keys[group.slot : group.slot + 1, :, :end]
+        value = values[group.slot : group.slot + 1, :, :end]
+    else:
+        key = key.reshape(*shape, num_groups, size).transpose(1, 2)
+        value = value.reshape(*shape, num_groups, size).transpose(1, 2)
+    context = functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=group.mask,
+        is_causal=group.mask is None,
+        scale=scale,
+        enable_gqa=heads > 1,
+    )
+    return context.transpose(1, 2).reshape(shape[0] * shape[1], num_groups * heads * size)

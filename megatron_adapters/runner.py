@@ -1,11 +1,14 @@
 """Fulfils the generator's model-runner contract with Megatron chunks and a key-value cache."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from chatlearn.generation.contract import DecodeRows, PromptChunk, SlotCopy
+from megatron_adapters.generation_program import StageProgram, build_program
 from megatron_adapters.kv_cache import CacheView, KVCache
 from megatron_adapters.model_building import unwrap
 from megatron_adapters.model_config import MegatronSettings
@@ -13,18 +16,24 @@ from megatron_adapters.parallel_state import ParallelGroups
 
 __all__ = ["MegatronRunner"]
 
+# Slots are as long as the longest sequence of a call, rounded up to this many tokens.
+_LENGTH_STEP = 64
+
 
 class MegatronRunner:
     """One causal language model, sharded over tensor and pipeline ranks.
 
     Every rank calls the same methods in lockstep. Hidden states go from stage to stage point to
-    point; sampled tokens come back from the last stage by broadcast.
+    point; sampled tokens come back from the last stage by broadcast. The cache stays allocated
+    from call to call, and grows when a call needs more.
 
     Args:
         chunks: from `build_model`.
         settings: Megatron's configuration objects.
         groups: of this rank.
-        num_slots: sequences in flight.
+        num_slots: sequences in flight; None: as many as there are, within `memory_share`.
+        memory_share: of the memory of the device (of the machine, on a CPU), for the cache of each
+            rank; heeded where `num_slots` is None.
         device: where the model lives.
     """
 
@@ -34,47 +43,73 @@ class MegatronRunner:
         settings: MegatronSettings,
         groups: ParallelGroups,
         *,
-        num_slots: int,
+        num_slots: int | None,
+        memory_share: float,
         device: torch.device,
     ) -> None:
-        self._model = unwrap(chunks[0])
+        model = unwrap(chunks[0])
         self._groups = groups
-        self._device = device
         self._hidden_size = settings.transformer.hidden_size
         self._dtype = settings.transformer.params_dtype
-        self._rotary = getattr(self._model, "rotary_pos_emb", None)
-        self.num_slots = num_slots
+        self._num_slots = num_slots
+        self._memory_share = memory_share
+        self.device = device
         self.max_length = settings.shape.max_sequence_length
         self.vocab_size = settings.shape.vocab_size
         self.is_sampling_rank = groups.is_last_stage
-        layers = list(self._model.decoder.layers)
+        layers = list(model.decoder.layers)
         attention = layers[0].self_attention
         self._layer_index = {layer.layer_number: at for at, layer in enumerate(layers)}
-        self._cache = KVCache(
-            len(layers),
-            num_slots,
-            self.max_length,
-            attention.num_query_groups_per_partition,
-            attention.hidden_size_per_attention_head,
-            dtype=self._dtype,
-            device=device,
+        self._num_heads = attention.num_query_groups_per_partition
+        self._head_size = attention.hidden_size_per_attention_head
+        self._cache: KVCache | None = None
+        with torch.inference_mode():
+            self.program: StageProgram = build_program(model, self.max_length)
+
+    @torch.inference_mode()
+    def reserve(self, num_sequences: int, length: int) -> int:
+        """See `ModelRunner.reserve`."""
+        length = min(-(-length // _LENGTH_STEP) * _LENGTH_STEP, self.max_length)
+        limit = self._num_slots
+        if limit is None:
+            limit = max(1, self._memory_bytes() // (self._token_bytes() * length) - 2)
+        num_slots = min(num_sequences, self._least(limit))
+        cache = self._cache
+        if cache is None or cache.num_slots < num_slots or cache.length < length:
+            # The old one goes first, so that both are never there at once.
+            self._cache = cache = None
+            self._cache = KVCache(
+                len(self._layer_index),
+                num_slots,
+                length,
+                self._num_heads,
+                self._head_size,
+                dtype=self._dtype,
+                device=self.device,
+            )
+        return num_slots
+
+    @torch.inference_mode()
+    def forward(
+        self, chunks: Sequence[PromptChunk], rows: DecodeRows | None
+    ) -> torch.Tensor | None:
+        """See `ModelRunner.forward`."""
+        view = CacheView.build(self._reserved(), self._layer_index, chunks, rows, self.device)
+        hidden = (
+            self.program.embed(view)
+            if self._groups.is_first_stage
+            else self._receive(len(view.token_ids))
         )
+        hidden = self.program.run_layers(hidden, view)
+        if not self._groups.is_last_stage:
+            self._send(hidden)
+            return None
+        return self.program.compute_logits(hidden, view)[:, : self.vocab_size].float()
 
-    @torch.no_grad()
-    def prefill(
-        self, slots: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor | None:
-        """See `ModelRunner.prefill`."""
-        positions = torch.arange(token_ids.shape[1]).expand_as(token_ids)
-        return self._forward(slots, token_ids, positions, lengths - 1)
-
-    @torch.no_grad()
-    def decode(
-        self, slots: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor | None:
-        """See `ModelRunner.decode`."""
-        last = torch.zeros_like(positions)
-        return self._forward(slots, token_ids[:, None], positions[:, None], last)
+    @torch.inference_mode()
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> None:
+        """See `ModelRunner.copy_slots`."""
+        self._reserved().copy(copies)
 
     def exchange_tokens(
         self, token_ids: torch.Tensor | None, logprobs: torch.Tensor | None, batch: int
@@ -83,73 +118,51 @@ class MegatronRunner:
 
         The first rank's tokens count: tensor-parallel ranks sample alike, but not on their own.
         """
-        both = torch.zeros((2, batch), dtype=torch.float64)
+        tensor, pipeline = self._groups.tensor, self._groups.pipeline
         if token_ids is not None and logprobs is not None:
-            both = torch.stack([token_ids.double(), logprobs.double()]).cpu()
-        both = both.to(self._device)
-        if self.is_sampling_rank and self._groups.tensor.size() > 1:
-            first = dist.get_process_group_ranks(self._groups.tensor)[0]
-            dist.broadcast(both, src=first, group=self._groups.tensor)
-        if self._groups.pipeline.size() > 1:
-            last = dist.get_process_group_ranks(self._groups.pipeline)[-1]
-            dist.broadcast(both, src=last, group=self._groups.pipeline)
-        both = both.cpu()
+            if tensor.size() == 1 and pipeline.size() == 1:
+                return token_ids, logprobs
+            both = torch.stack([token_ids.double(), logprobs.double()])
+        else:
+            both = torch.empty((2, batch), dtype=torch.float64, device=self.device)
+        if self.is_sampling_rank and tensor.size() > 1:
+            dist.broadcast(both, src=dist.get_process_group_ranks(tensor)[0], group=tensor)
+        if pipeline.size() > 1:
+            dist.broadcast(both, src=dist.get_process_group_ranks(pipeline)[-1], group=pipeline)
         return both[0].long(), both[1].float()
 
-    def _forward(
-        self,
-        slots: torch.Tensor,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        last: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """Run new tokens through this stage.
+    def _reserved(self) -> KVCache:
+        if self._cache is None:
+            raise RuntimeError("call reserve first: the cache has no slots yet")
+        return self._cache
 
-        Args:
-            slots: [batch] int64.
-            token_ids: [batch, tokens] int64.
-            positions: [batch, tokens] int64.
-            last: [batch] int64, index of the token whose logits are wanted.
-        """
-        token_ids, positions = token_ids.to(self._device), positions.to(self._device)
-        slots, last = slots.to(self._device), last.to(self._device)
-        batch, tokens = token_ids.shape
-        hidden = None
-        if self._groups.is_first_stage:
-            hidden = self._model.embedding(input_ids=token_ids, position_ids=positions)
+    def _memory_bytes(self) -> int:
+        """This rank's share of the memory; of the whole, for what is free differs between runs."""
+        if self.device.type == "cuda":
+            cuda: Any = torch.cuda
+            whole = int(cuda.get_device_properties(self.device).total_memory)
         else:
-            self._model.decoder.set_input_tensor(self._receive(tokens, batch))
-        view = CacheView.build(self._cache, slots, positions, self._layer_index)
-        hidden = self._model.decoder(
-            hidden_states=hidden,
-            attention_mask=view,
-            rotary_pos_emb=self._rotary_of(positions),
-        )
-        if not self._groups.is_last_stage:
-            self._send(hidden)
-            return None
-        return self._logits(hidden[last, torch.arange(batch, device=self._device)])
+            whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(whole * self._memory_share)
 
-    def _rotary_of(self, positions: torch.Tensor) -> torch.Tensor | None:
-        """Rotary angles of each row's own positions: [tokens, batch, 1, size]."""
-        if self._rotary is None:
-            return None
-        table = self._rotary(self.max_length)
-        return table[positions.t(), 0]
+    def _token_bytes(self) -> int:
+        numbers = 2 * len(self._layer_index) * self._num_heads * self._head_size
+        return numbers * self._dtype.itemsize
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[batch, hidden] to [batch, vocab] float32, the same on every tensor-parallel rank."""
-        weight = None
-        if self._model.share_embeddings_and_output_weights:
-            weight = self._model.shared_embedding_or_output_weight()
-        logits, _ = self._model.output_layer(
-            hidden[None], weight=weight, runtime_gather_output=True
-        )
-        return logits[0, :, : self.vocab_size].float()
+    def _least(self, number: int) -> int:
+        """The smallest of the replica's ranks' numbers: stages differ in layers."""
+        if self._num_slots is not None:
+            return number
+        collectives: Any = dist
+        least = torch.tensor(number, device=self.device)
+        for group in (self._groups.tensor, self._groups.pipeline):
+            if group.size() > 1:
+                collectives.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+        return int(least)
 
-    def _receive(self, tokens: int, batch: int) -> torch.Tensor:
-        shape = (tokens, batch, self._hidden_size)
-        hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
+    def _receive(self, tokens: int) -> torch.Tensor:
+        shape = (tokens, self._hidden_size)
+        hidden = torch.empty(shape, dtype=self._dtype, device=self.device)
         ranks = dist.get_process_group_ranks(self._groups.pipeline)
         dist.recv(hidden, ranks[self._groups.pipeline.rank() - 1], group=self._groups.pipeline)
         return hidden

@@ -91,7 +91,22 @@ class GenerationConfig(_Section):
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field(
         default=(), description="tokens that end a response besides the tokenizer's end token"
     )
-    num_slots: Positive = Field(default=64, description="sequences that a replica decodes at once")
+    num_slots: Positive | None = Field(
+        default=None,
+        description="sequences that a replica decodes at once; unset: as many as a call has rows, "
+        "within `kv_cache_memory_share`",
+    )
+    kv_cache_memory_share: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="share of a device's memory (of the machine's, on a CPU) that each rank's "
+        "cache may take where `num_slots` is unset",
+    )
+    prefill_chunk_tokens: Positive = Field(
+        default=2048,
+        description="prompt tokens that go through the model in one step, while others decode",
+    )
 
 
 class AlgorithmConfig(_Section):

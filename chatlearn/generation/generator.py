@@ -1,21 +1,23 @@
 """Generates responses over a model runner's cache slots.
 
-A finished sequence leaves its slot and a waiting one takes it at once. Every rank of a replica runs
-the same generator over the same requests, in lockstep on exchanged tokens.
+A finished sequence leaves its slot and a waiting one takes it at once. A prompt goes through the
+model once for all its samples, in chunks, while other sequences go on decoding. Every rank of a
+replica runs the same generator over the same requests, in lockstep on exchanged tokens.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from chatlearn.errors import DataError
+from chatlearn.generation.prompts import group_by_prompt
 from chatlearn.generation.sampling import SampledTokens, SamplingParams, sample_tokens
-from chatlearn.parallel.counter_random import counter_uniform
+from chatlearn.generation.slot_schedule import SlotSchedule
+from chatlearn.generation.slot_state import SlotState
 
 if TYPE_CHECKING:
     from chatlearn.data.rows import RowId
@@ -49,22 +51,6 @@ class GenerationResult:
     finish_reason: str
 
 
-@dataclass
-class _Sequence:
-    """One request while it is being generated."""
-
-    index: int
-    request: GenerationRequest
-    limit: int
-    slot: int = -1
-    token_ids: list[int] = field(default_factory=list[int])
-    logprobs: list[float] = field(default_factory=list[float])
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.request.prompt_token_ids) + len(self.token_ids)
-
-
 class Generator:
     """Generates with one model.
 
@@ -74,8 +60,9 @@ class Generator:
         stop_token_ids: tokens that end a response.
         max_new_tokens: longest response.
         seed: with row id, sample and position it decides every random number.
+        prefill_chunk_tokens: prompt tokens that go through the model in one step, at most.
         is_deterministic: go through the requests in waves of row order, so that batches and with
-            them all rounding are the same from run to run, whatever arrives when.
+            them all rounding are the same from run to run, in whatever order requests arrive.
     """
 
     def __init__(
@@ -86,44 +73,45 @@ class Generator:
         max_new_tokens: int,
         seed: int,
         *,
+        prefill_chunk_tokens: int = 2048,
         is_deterministic: bool = False,
     ) -> None:
         self._runner = runner
         self._params = params
-        self._stop = frozenset(stop_token_ids)
+        self._stop = tuple(stop_token_ids)
         self._max_new_tokens = max_new_tokens
         self._seed = seed
+        self._chunk_tokens = prefill_chunk_tokens
         self._is_deterministic = is_deterministic
 
+    @torch.no_grad()
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Generate a response for each request; results in the requests' order.
 
         Raises:
             DataError: a prompt is empty or leaves no room for a response; names its row.
         """
-        sequences = [self._admit(index, request) for index, request in enumerate(requests)]
+        if not requests:
+            return []
+        limits = [self._limit(request) for request in requests]
+        order = list(range(len(requests)))
         if self._is_deterministic:
-            sequences.sort(key=lambda sequence: sequence.request.row_id)
-        waiting, running = deque(sequences), list[_Sequence]()
-        free = list(range(self._runner.num_slots))
+            order.sort(key=lambda index: requests[index].row_id)
+        lengths = [len(r.prompt_token_ids) + n for r, n in zip(requests, limits, strict=True)]
+        num_slots = self._runner.reserve(len(requests), max(lengths))
+        state = SlotState(num_slots, max(limits), self._stop, self._seed, self._runner.device)
+        schedule = SlotSchedule(
+            group_by_prompt(requests, limits, order),
+            num_slots,
+            chunk_tokens=self._chunk_tokens,
+            in_waves=self._is_deterministic,
+        )
         done: dict[int, GenerationResult] = {}
-        while waiting or running:
-            if waiting and free and not (self._is_deterministic and running):
-                joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                for sequence in joining:
-                    sequence.slot = free.pop(0)
-                self._append(joining, self._prefill(joining))
-                running.extend(joining)
-            else:
-                self._append(running, self._decode(running))
-            for sequence in [s for s in running if self._is_finished(s)]:
-                done[sequence.index] = self._result(sequence)
-                running.remove(sequence)
-                free.append(sequence.slot)
-            free.sort()
+        while schedule.has_work:
+            self._step(schedule, state, done)
         return [done[index] for index in range(len(requests))]
 
-    def _admit(self, index: int, request: GenerationRequest) -> _Sequence:
+    def _limit(self, request: GenerationRequest) -> int:
         length = len(request.prompt_token_ids)
         room = self._runner.max_length - length
         if length == 0 or room < 1:
@@ -131,56 +119,50 @@ class Generator:
                 f"row {request.row_id}: the prompt has {length} tokens; it needs at least 1 and at "
                 f"most {self._runner.max_length - 1}, one less than max_sequence_length"
             )
-        return _Sequence(index, request, min(room, self._max_new_tokens))
+        return min(room, self._max_new_tokens)
 
-    def _prefill(self, sequences: Sequence[_Sequence]) -> SampledTokens:
-        prompts = [sequence.request.prompt_token_ids for sequence in sequences]
-        token_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        logits = self._runner.prefill(_slots(sequences), token_ids, lengths)
-        return self._sample(logits, sequences)
+    def _step(
+        self, schedule: SlotSchedule, state: SlotState, done: dict[int, GenerationResult]
+    ) -> None:
+        """Admit, run the model once, sample, and let finished sequences leave."""
+        schedule.admit()
+        chunks = schedule.next_chunks()
+        rows = schedule.decode_rows(state)
+        logits = self._runner.forward(chunks, rows) if chunks or rows is not None else None
+        joined = schedule.join(logits)
+        self._runner.copy_slots(joined.copies)
+        if joined.sequences:
+            state.add(schedule.num_running - len(joined.sequences), joined.sequences)
+        if schedule.num_running == 0:
+            return
+        sampled = self._sample(joined.logits, state, schedule.num_running)
+        finished = state.record(sampled, schedule.num_running)
+        schedule.count_step()
+        if not finished:
+            return
+        for response in state.read(finished):
+            sample = schedule.running[response.slot]
+            done[sample.index] = GenerationResult(
+                sample.request.row_id,
+                response.token_ids,
+                response.logprobs,
+                "stop" if response.has_stopped else "length",
+            )
+        moves = schedule.leave(finished)
+        self._runner.copy_slots(moves.copies)
+        if moves.sources:
+            state.move(moves.sources, moves.targets)
 
-    def _decode(self, sequences: Sequence[_Sequence]) -> SampledTokens:
-        last = torch.tensor([sequence.token_ids[-1] for sequence in sequences])
-        positions = torch.tensor([sequence.num_tokens - 1 for sequence in sequences])
-        logits = self._runner.decode(_slots(sequences), last, positions)
-        return self._sample(logits, sequences)
-
-    def _sample(self, logits: torch.Tensor | None, sequences: Sequence[_Sequence]) -> SampledTokens:
+    def _sample(
+        self, logits: torch.Tensor | None, state: SlotState, num_running: int
+    ) -> SampledTokens:
         sampled = None
+        uniforms = state.next_uniforms(num_running)
         if logits is not None:
-            rows = [sequence.request.row_id for sequence in sequences]
-            counters = torch.tensor([(row.prompt, row.sample) for row in rows])
-            positions = torch.tensor([len(sequence.token_ids) for sequence in sequences])
-            numbers = counter_uniform(self._seed, counters[:, 0], counters[:, 1], positions)
-            sampled = sample_tokens(logits, self._params, numbers)
+            sampled = sample_tokens(logits, self._params, uniforms)
         token_ids, logprobs = self._runner.exchange_tokens(
             sampled.token_ids if sampled is not None else None,
             sampled.logprobs if sampled is not None else None,
-            len(sequences),
+            num_running,
         )
         return SampledTokens(token_ids, logprobs)
-
-    def _append(self, sequences: Sequence[_Sequence], sampled: SampledTokens) -> None:
-        token_ids = cast("list[int]", cast("Any", sampled.token_ids).tolist())
-        logprobs = cast("list[float]", cast("Any", sampled.logprobs).tolist())
-        found = zip(sequences, token_ids, logprobs, strict=True)
-        for sequence, token_id, logprob in found:
-            sequence.token_ids.append(token_id)
-            sequence.logprobs.append(logprob)
-
-    def _is_finished(self, sequence: _Sequence) -> bool:
-        is_full = len(sequence.token_ids) >= sequence.limit
-        return is_full or sequence.token_ids[-1] in self._stop
-
-    def _result(self, sequence: _Sequence) -> GenerationResult:
-        return GenerationResult(
-            sequence.request.row_id,
-            torch.tensor(sequence.token_ids, dtype=torch.int64),
-            torch.tensor(sequence.logprobs, dtype=torch.float32),
-            "stop" if sequence.token_ids[-1] in self._stop else "length",
-        )
-
-
-def _slots(sequences: Sequence[_Sequence]) -> torch.Tensor:
-    return torch.tensor([sequence.slot for sequence in sequences])

@@ -49,32 +49,39 @@ def sample_tokens(
         uniforms: [batch] float64 in (0, 1).
     """
     if params.temperature == 0:
-        logprobs = logits.log_softmax(-1)
         token_ids = logits.argmax(-1)
+        probabilities = logits.softmax(-1)
     else:
-        logprobs = (logits / params.temperature).log_softmax(-1)
-        token_ids = _draw(_truncate(logprobs, params), uniforms)
-    chosen = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return SampledTokens(token_ids, chosen)
+        scaled = logits if params.temperature == 1.0 else logits / params.temperature
+        probabilities = scaled.softmax(-1)
+        token_ids = _draw(_truncate(probabilities, params), uniforms)
+    chosen = probabilities.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return SampledTokens(token_ids, chosen.log())
 
 
-def _truncate(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Log-probabilities with -inf where top-k and top-p leave tokens out."""
+def _truncate(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Probabilities with 0 where top-k and top-p leave tokens out; not scaled to 1 again."""
     if params.top_k == 0 and params.top_p >= 1.0:
-        return logprobs
-    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     if params.top_k > 0:
-        keep[:, params.top_k :] = False
+        ordered[:, params.top_k :] = 0.0
     if params.top_p < 1.0:
-        kept = torch.where(keep, ordered, float("-inf")).softmax(-1)
+        mass = ordered.double().cumsum(-1)
         # A token stays while the mass before it is below top_p, so at least one stays.
-        keep &= kept.cumsum(-1) - kept < params.top_p
-    dropped = torch.zeros_like(keep).scatter(-1, order, ~keep)
-    return logprobs.masked_fill(dropped, float("-inf"))
+        is_out = mass - ordered >= params.top_p * mass[:, -1:]
+        ordered.masked_fill_(is_out, 0.0)
+    return torch.zeros_like(ordered).scatter(-1, order, ordered)
 
 
-def _draw(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    mass = logprobs.double().exp().cumsum(-1)
-    threshold = (uniforms.to(mass.device) * mass[:, -1]).unsqueeze(-1)
-    return torch.searchsorted(mass, threshold, right=True).squeeze(-1).clamp(max=mass.shape[1] - 1)
+def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The first token at which the cumulated probability exceeds the number's share of the whole.
+
+    In float32 a token's share of the numbers is off by some 1e-7. The threshold stays below the
+    whole, so a token of probability 0 is never drawn.
+    """
+    mass = probabilities.cumsum(-1)
+    whole = mass[:, -1]
+    share = uniforms.to(whole.device, torch.float32) * whole
+    threshold = torch.minimum(share, torch.nextafter(whole, torch.zeros_like(whole)))
+    return torch.searchsorted(mass, threshold.unsqueeze(-1), right=True).squeeze(-1)

@@ -45,6 +45,7 @@ class PolicyInference(_TextModule):
             self.settings,
             self.groups,
             num_slots=self.module_args.generation.num_slots,
+            memory_share=self.module_args.generation.kv_cache_memory_share,
             device=self.device,
         )
 
@@ -74,6 +75,7 @@ class PolicyInference(_TextModule):
             self._stop_tokens(),
             options.max_new_tokens or self.settings.shape.max_sequence_length,
             seed,
+            prefill_chunk_tokens=options.prefill_chunk_tokens,
             is_deterministic=self.runtime_args.deterministic,
         )
         requests = [

@@ -20,6 +20,7 @@ NOT_STRICT = {
     "megatron_adapters/attention.py",
     "megatron_adapters/checkpointing.py",
     "megatron_adapters/fused.py",
+    "megatron_adapters/generation_program.py",
     "megatron_adapters/layer_specs.py",
     "megatron_adapters/model_building.py",
     "megatron_adapters/modules/inference.py",

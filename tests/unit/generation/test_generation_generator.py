@@ -29,19 +29,23 @@ class CausalModel(torch.nn.Module):
 
 
 class RecordingRunner(TorchModelRunner):
-    """Also notes which slots each prefill and decode gets."""
+    """Also notes each pass: slot, start and tokens of its chunks, and how many rows decode."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.steps = []
+        self.passes = []
 
-    def prefill(self, slots, token_ids, lengths):
-        self.steps.append(("prefill", slots.tolist()))
-        return super().prefill(slots, token_ids, lengths)
+    def forward(self, chunks, rows):
+        seen = [(chunk.slot, chunk.start, len(chunk.token_ids)) for chunk in chunks]
+        self.passes.append((seen, 0 if rows is None else len(rows.token_ids)))
+        if rows is not None:
+            assert rows.longest == int(rows.positions.max()) + 1
+            assert rows.is_even == (len(rows.positions.unique()) == 1)
+        return super().forward(chunks, rows)
 
-    def decode(self, slots, token_ids, positions):
-        self.steps.append(("decode", slots.tolist()))
-        return super().decode(slots, token_ids, positions)
+    @property
+    def num_prefills(self):
+        return sum(start == 0 for chunks, _ in self.passes for _, start, _ in chunks)
 
 
 class Countdown(torch.nn.Module):
@@ -135,13 +139,64 @@ def test_results_come_in_the_order_of_the_requests():
 def test_a_waiting_sequence_takes_a_free_slot_at_once():
     made, runner = generator(Countdown(), slots=2)
     made.generate([request(0, [2]), request(1, [4]), request(2, [3])])
-    assert runner.steps == [
-        ("prefill", [0, 1]),
-        ("decode", [0, 1]),
-        ("prefill", [0]),
-        ("decode", [1, 0]),
-        ("decode", [1, 0]),
+    # The first row is done after two tokens; the second moves to its slot, the third behind it.
+    assert runner.passes == [
+        ([(0, 0, 1), (1, 0, 1)], 0),
+        ([], 2),
+        ([(1, 0, 1)], 1),
+        ([], 2),
+        ([], 1),
     ]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 16])
+@pytest.mark.parametrize("in_waves", [False, True])
+def test_a_prompt_goes_through_the_model_once_for_all_its_samples(slots, in_waves):
+    made, runner = generator(CausalModel(), slots=slots, is_deterministic=in_waves)
+    made.generate(REQUESTS)
+    assert runner.num_prefills == 5
+
+
+def test_equal_prompt_numbers_with_other_tokens_share_nothing():
+    made, runner = generator(Countdown())
+    results = made.generate([request(0, [3]), request(0, [5], sample=1), request(1, [3])])
+    assert runner.num_prefills == 3
+    assert [len(result.token_ids) for result in results] == [3, 5, 3]
+
+
+def test_a_long_prompt_goes_in_chunks_while_others_decode():
+    made, runner = generator(Countdown(), slots=2, prefill_chunk_tokens=3)
+    made.generate([request(0, [9]), request(1, [1] * 6 + [3])])
+    assert runner.passes[:4] == [
+        ([(0, 0, 1), (1, 0, 2)], 0),
+        ([(1, 2, 3)], 1),
+        ([(1, 5, 2)], 1),
+        ([], 2),
+    ]
+
+
+def test_a_part_of_a_prompt_moves_down_when_others_leave():
+    made, runner = generator(CausalModel(), slots=3, prefill_chunk_tokens=2, new=3, stop=())
+    asked = [request(0, [5]), request(1, [6]), request(2, list(range(1, 10)))]
+    results = tokens_by_row(made.generate(asked))
+    assert [chunks[0][0] for chunks, _ in runner.passes if chunks] == [0, 2, 2, 0, 0, 0]
+    assert results == tokens_by_row(generator(CausalModel(), new=3, stop=())[0].generate(asked))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3])
+def test_tokens_do_not_depend_on_chunks(chunk_tokens):
+    expected = tokens_by_row(generator(CausalModel())[0].generate(REQUESTS))
+    made, _ = generator(CausalModel(), slots=3, prefill_chunk_tokens=chunk_tokens)
+    assert tokens_by_row(made.generate(REQUESTS)) == expected
+
+
+def test_random_numbers_go_on_beyond_one_table_of_them():
+    made, _ = generator(CausalModel(), max_length=100, new=90, stop=())
+    alone = tokens_by_row(made.generate(REQUESTS[:1]))
+    assert alone.items() <= tokens_by_row(made.generate(REQUESTS)).items()
+    tokens = alone[RowId(0, 0)]
+    assert len(tokens) == 90
+    assert tokens[:32] != tokens[32:64]
 
 
 def test_deterministic_mode_goes_in_waves_of_row_order():
@@ -149,10 +204,11 @@ def test_deterministic_mode_goes_in_waves_of_row_order():
     for order in (REQUESTS, REQUESTS[::-1]):
         made, runner = generator(CausalModel(), slots=3, is_deterministic=True)
         results = made.generate(order)
-        waves.append((runner.steps, tokens_by_row(results)))
+        waves.append((runner.passes, tokens_by_row(results)))
     assert waves[0] == waves[1]
-    prefills = [slots for kind, slots in waves[0][0] if kind == "prefill"]
-    assert prefills == [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0]]
+    prefills = [[slot for slot, _, _ in chunks] for chunks, _ in waves[0][0] if chunks]
+    # Each second wave begins with a sample whose prompt went through the model before.
+    assert prefills == [[0, 2], [1], [0, 2]]
 
 
 @pytest.mark.parametrize("tokens", [[], [1, 2, 3, 4]])

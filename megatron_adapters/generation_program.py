@@ -1,0 +1,352 @@
+# pyright: standard, reportPrivateImportUsage=false
+"""One pipeline stage's forward pass over packed tokens, for generation.
+
+`DenseProgram` calls torch's functions on the live weights of the layers that it knows;
+`ModuleProgram` goes through Megatron's modules and so knows every layer. Both hold the parameters
+themselves, so what weight sync writes counts from the next pass on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from megatron_adapters.kv_cache import CacheView
+from megatron_adapters.norm import FusedNorm
+
+__all__ = ["DenseProgram", "ModuleProgram", "StageProgram", "build_program", "is_dense"]
+
+
+class StageProgram(Protocol):
+    """What the runner needs of a stage; `hidden` is [packed, hidden size]."""
+
+    def embed(self, view: CacheView) -> torch.Tensor:
+        """Hidden states of the pass's tokens; first stage only."""
+        ...
+
+    def run_layers(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
+        """Through this stage's layers; may write into `hidden`."""
+        ...
+
+    def compute_logits(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
+        """[wanted, padded vocabulary] of the wanted tokens, on every rank; last stage only."""
+        ...
+
+
+def build_program(model: Any, max_length: int) -> StageProgram:
+    """The dense program where it knows every layer, else Megatron's modules.
+
+    Args:
+        model: GPTModel of this stage.
+        max_length: longest sequence, tokens.
+    """
+    kind = DenseProgram if is_dense(model) else ModuleProgram
+    return kind(model, max_length)
+
+
+def is_dense(model: Any) -> bool:
+    """Whether `DenseProgram` knows everything that this model is made of."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    config = model.config
+    rotary = getattr(model, "rotary_pos_emb", None)
+    has_known_config = not (
+        config.fp32_residual_connection
+        or config.apply_residual_connection_post_layernorm
+        or config.bias_activation_fusion
+        or config.use_te_activation_func
+        or config.attention_output_gate
+        or config.no_rope_freq
+        or config.rotary_interleaved
+        or config.activation_func_clamp_value is not None
+        or config.glu_linear_offset
+        or config.sequence_parallel
+        or config.fp8
+        or config.fp4
+    )
+    has_known_positions = model.position_embedding_type in (
+        "rope",
+        "learned_absolute",
+        "none",
+    ) and (rotary is None or type(rotary) is RotaryEmbedding)
+    final_norm = getattr(model.decoder, "final_layernorm", None)
+    return (
+        has_known_config
+        and has_known_positions
+        and (final_norm is None or type(final_norm) is FusedNorm)
+        and all(_is_dense_layer(layer) for layer in model.decoder.layers)
+    )
+
+
+def _is_dense_layer(layer: Any) -> bool:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from megatron_adapters.attention import FusedAttention
+
+    attention = layer.self_attention
+    parts = [
+        (layer, TransformerLayer),
+        (attention, SelfAttention),
+        (layer.cross_attention, IdentityOp),
+        (layer.mlp, MLP),
+        (layer.input_layernorm, FusedNorm),
+        (layer.pre_mlp_layernorm, FusedNorm),
+    ]
+    if not all(type(part) is kind for part, kind in parts):
+        return False
+    norms = (attention.q_layernorm, attention.k_layernorm)
+    return (
+        type(attention.linear_qkv) is ColumnParallelLinear
+        and type(attention.linear_proj) is RowParallelLinear
+        and type(attention.core_attention) is FusedAttention
+        and type(layer.mlp.linear_fc1) is ColumnParallelLinear
+        and type(layer.mlp.linear_fc2) is RowParallelLinear
+        and all(norm is None or type(norm) in (FusedNorm, IdentityOp) for norm in norms)
+        and attention.config.num_query_groups >= attention.world_size
+    )
+
+
+@dataclass(frozen=True)
+class _Linear:
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @classmethod
+    def of(cls, module: Any) -> _Linear:
+        return cls(module.weight, module.bias)
+
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The weights of a layer; norms are the modules' own functions."""
+
+    number: int
+    attention_norm: Norm
+    qkv: _Linear
+    query_norm: Norm | None
+    key_norm: Norm | None
+    projection: _Linear
+    softmax_scale: float | None
+    mlp_norm: Norm
+    fc1: _Linear
+    fc2: _Linear
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attention, layer.mlp
+        norms = (attention.q_layernorm, attention.k_layernorm)
+        query_norm, key_norm = (
+            norm.forward if isinstance(norm, FusedNorm) else None for norm in norms
+        )
+        return cls(
+            layer.layer_number,
+            layer.input_layernorm.forward,
+            _Linear.of(attention.linear_qkv),
+            query_norm,
+            key_norm,
+            _Linear.of(attention.linear_proj),
+            attention.core_attention.softmax_scale,
+            layer.pre_mlp_layernorm.forward,
+            _Linear.of(mlp.linear_fc1),
+            _Linear.of(mlp.linear_fc2),
+        )
+
+
+class DenseProgram:
+    """Dense decoder layers as plain calls of torch's functions.
+
+    Args:
+        model: GPTModel of this stage, see `is_dense`.
+        max_length: longest sequence, tokens.
+    """
+
+    def __init__(self, model: Any, max_length: int) -> None:
+        self._model = model
+        self._layers = [_Layer.of(layer) for layer in model.decoder.layers]
+        attention = model.decoder.layers[0].self_attention
+        self._groups: int = attention.num_query_groups_per_partition
+        self._size: int = attention.hidden_size_per_attention_head
+        self._tensor_group = attention.pg_collection.tp
+        self._is_gated = bool(model.config.gated_linear_unit)
+        self._activation: Norm = model.config.activation_func
+        final_norm = getattr(model.decoder, "final_layernorm", None)
+        self._final_norm: Norm | None = None if final_norm is None else final_norm.forward
+        self._rotary: _Rotary | None = None
+        if getattr(model, "rotary_pos_emb", None) is not None:
+            self._rotary = _Rotary(model.rotary_pos_emb(max_length)[:, 0, 0], _dtype(model))
+
+    def embed(self, view: CacheView) -> torch.Tensor:
+        """See `StageProgram.embed`."""
+        embedding = self._model.embedding
+        words = embedding.word_embeddings
+        if self._tensor_group.size() == 1:
+            hidden = functional.embedding(view.token_ids, words.weight)
+        else:
+            token_ids = view.token_ids - words.vocab_start_index
+            is_other = (token_ids < 0) | (token_ids >= words.num_embeddings_per_partition)
+            hidden = functional.embedding(token_ids.masked_fill_(is_other, 0), words.weight)
+            hidden.masked_fill_(is_other[:, None], 0.0)
+            dist.all_reduce(hidden, group=self._tensor_group)
+        if embedding.add_position_embedding:
+            hidden += functional.embedding(view.positions, embedding.position_embeddings.weight)
+        return hidden
+
+    def run_layers(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
+        """See `StageProgram.run_layers`."""
+        angles = None if self._rotary is None else self._rotary.at(view.positions)
+        for layer in self._layers:
+            hidden += self._attend(layer, layer.attention_norm(hidden), view, angles)
+            hidden += self._apply_mlp(layer, layer.mlp_norm(hidden))
+        return hidden
+
+    def compute_logits(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
+        """See `StageProgram.compute_logits`."""
+        if view.wanted is not None:
+            hidden = hidden[view.wanted]
+        if self._final_norm is not None:
+            hidden = self._final_norm(hidden)
+        logits = functional.linear(hidden, _output_weight(self._model))
+        if self._tensor_group.size() == 1:
+            return logits
+        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+        return gather_from_tensor_model_parallel_region(logits, group=self._tensor_group)
+
+    def _attend(
+        self, layer: _Layer, hidden: torch.Tensor, view: CacheView, angles: _Angles | None
+    ) -> torch.Tensor:
+        mixed = functional.linear(hidden, layer.qkv.weight, layer.qkv.bias)
+        # For each group its query heads, its key and its value.
+        mixed = mixed.view(len(hidden), self._groups, -1, self._size)
+        turned, value = mixed[:, :, :-1], mixed[:, :, -1]
+        if layer.query_norm is not None or layer.key_norm is not None:
+            query, key = turned[:, :, :-1], turned[:, :, -1:]
+            query = query if layer.query_norm is None else layer.query_norm(query)
+            key = key if layer.key_norm is None else layer.key_norm(key)
+            turned = torch.cat([query, key], 2)
+        if angles is not None:
+            turned = angles.turn(turned)
+        context = view.attend(
+            layer.number, turned[:, :, :-1], turned[:, :, -1], value, layer.softmax_scale
+        )
+        return self._project(context, layer.projection)
+
+    def _apply_mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
+        wide = functional.linear(hidden, layer.fc1.weight, layer.fc1.bias)
+        if self._is_gated:
+            gate, up = wide.chunk(2, -1)
+            wide = self._activation(gate).mul_(up)
+        else:
+            wide = self._activation(wide)
+        return self._project(wide, layer.fc2)
+
+    def _project(self, hidden: torch.Tensor, linear: _Linear) -> torch.Tensor:
+        """A product whose input is split over the tensor-parallel ranks."""
+        if self._tensor_group.size() == 1:
+            return functional.linear(hidden, linear.weight, linear.bias)
+        hidden = functional.linear(hidden, linear.weight)
+        dist.all_reduce(hidden, group=self._tensor_group)
+        return hidden if linear.bias is None else hidden + linear.bias
+
+
+class ModuleProgram:
+    """Any model, through Megatron's modules; the packed tokens are a sequence of one row.
+
+    Args:
+        model: GPTModel of this stage.
+        max_length: longest sequence, tokens.
+    """
+
+    def __init__(self, model: Any, max_length: int) -> None:
+        self._model = model
+        self._max_length = max_length
+        self._rotary = getattr(model, "rotary_pos_emb", None)
+
+    def embed(self, view: CacheView) -> torch.Tensor:
+        """See `StageProgram.embed`."""
+        hidden = self._model.embedding(
+            input_ids=view.token_ids[None], position_ids=view.positions[None]
+        )
+        return hidden[:, 0]
+
+    def run_layers(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
+        """See `StageProgram.run_layers`; the last stage's final norm is among the layers."""
+        decoder = self._model.decoder
+        decoder.set_input_tensor(hidden[:, None])
+        rotary = None
+        if self._rotary is not None:
+            rotary = self._rotary(self._max_length)[view.positions]
+        hidden = decoder(hidden_states=hidden[:, None], attention_mask=view, rotary_pos_emb=rotary)
+        return hidden[:, 0]
+
+    def compute_logits(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
+        """See `StageProgram.compute_logits`."""
+        if view.wanted is not None:
+            hidden = hidden[view.wanted]
+        weight = None
+        if self._model.share_embeddings_and_output_weights:
+            weight = self._model.shared_embedding_or_output_weight()
+        logits, _ = self._model.output_layer(
+            hidden[None], weight=weight, runtime_gather_output=True
+        )
+        return logits[0]
+
+
+@dataclass(frozen=True)
+class _Angles:
+    """Cosine and signed sine of each token's position, [packed, 1, 1, size] each."""
+
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+    def turn(self, heads: torch.Tensor) -> torch.Tensor:
+        """Rotary positions of [packed, groups, heads, size]; rounds as Megatron's own does."""
+        size = self.cosine.shape[-1]
+        rest = None
+        if size < heads.shape[-1]:
+            heads, rest = heads[..., :size], heads[..., size:]
+        first, second = heads.chunk(2, -1)
+        swapped = torch.cat([second, first], -1)
+        turned = (heads * self.cosine).add_(swapped.mul_(self.sine))
+        return turned if rest is None else torch.cat([turned, rest], -1)
+
+
+class _Rotary:
+    """Tables of the angles of all positions.
+
+    Args:
+        angles: [positions, size] float32, both halves alike.
+        dtype: of the hidden states.
+    """
+
+    def __init__(self, angles: torch.Tensor, dtype: torch.dtype) -> None:
+        sign = torch.ones_like(angles[0])
+        sign[: len(sign) // 2] = -1.0
+        self._cosine = angles.cos().to(dtype)[:, None, None]
+        self._sine = (angles.sin() * sign).to(dtype)[:, None, None]
+
+    def at(self, positions: torch.Tensor) -> _Angles:
+        return _Angles(self._cosine[positions], self._sine[positions])
+
+
+def _output_weight(model: Any) -> torch.Tensor:
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def _dtype(model: Any) -> torch.dtype:
+    return model.config.params_dtype
