@@ -159,6 +159,26 @@ class CacheView:
             wanted,
         )
 
+    @classmethod
+    def of_rows(
+        cls,
+        cache: KVCache,
+        layer_index: dict[int, int],
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        longest: int,
+    ) -> CacheView:
+        """View of a pass of decoding rows only, whose shapes depend on nothing but the arguments'.
+
+        Row i reads slot i; it writes to `slots[i]`, which is another for rows that only fill up.
+        """
+        bias = row_bias(positions, longest, cache.keys[0].dtype)
+        count = len(token_ids)
+        return cls(
+            cache, layer_index, token_ids, positions, slots, count, longest, None, bias, (), None
+        )
+
     def attend(
         self,
         layer_number: int,

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from chatlearn.generation.contract import DecodeRows, PromptChunk, SlotCopy
-from megatron_adapters.generation_program import StageProgram, build_program
+from megatron_adapters.decode_graph import DecodeGraphs
+from megatron_adapters.generation_program import DenseProgram, StageProgram, build_program
 from megatron_adapters.kv_cache import CacheView, KVCache
 from megatron_adapters.model_building import unwrap
 from megatron_adapters.model_config import MegatronSettings
@@ -35,6 +36,10 @@ class MegatronRunner:
         memory_share: of the memory of the device (of the machine, on a CPU), for the cache of each
             rank; heeded where `num_slots` is None.
         device: where the model lives.
+
+    Attributes:
+        program: the model's forward pass.
+        graphs: on CUDA, decode steps as graphs, where one stage is the whole model and dense.
     """
 
     def __init__(
@@ -65,6 +70,11 @@ class MegatronRunner:
         self._cache: KVCache | None = None
         with torch.inference_mode():
             self.program: StageProgram = build_program(model, self.max_length)
+        self._parameters = list(model.parameters())
+        self.graphs: DecodeGraphs | None = None
+        is_whole = groups.pipeline.size() == 1
+        if device.type == "cuda" and is_whole and isinstance(self.program, DenseProgram):
+            self.graphs = DecodeGraphs(self.program, self._layer_index)
 
     @torch.inference_mode()
     def reserve(self, num_sequences: int, length: int) -> int:
@@ -87,6 +97,9 @@ class MegatronRunner:
                 dtype=self._dtype,
                 device=self.device,
             )
+        if self.graphs is not None:
+            addresses = tuple(parameter.data_ptr() for parameter in self._parameters)
+            self.graphs.prepare(self._reserved(), addresses)
         return num_slots
 
     @torch.inference_mode()
@@ -94,6 +107,8 @@ class MegatronRunner:
         self, chunks: Sequence[PromptChunk], rows: DecodeRows | None
     ) -> torch.Tensor | None:
         """See `ModelRunner.forward`."""
+        if self.graphs is not None and rows is not None and not chunks:
+            return self.graphs.decode(rows)[:, : self.vocab_size].float()
         view = CacheView.build(self._reserved(), self._layer_index, chunks, rows, self.device)
         hidden = (
             self.program.embed(view)

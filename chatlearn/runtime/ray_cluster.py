@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import ConfigError, PlacementError
+from chatlearn.runtime.freed_memory import build_allocator_environment
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -101,7 +102,7 @@ def _kept_sigterm_handler() -> Generator[None]:
 
 
 @contextmanager
-def _set_for_children(variables: Mapping[str, str]) -> Iterator[None]:
+def _set_for_children(variables: Mapping[str, str]) -> Generator[None]:
     """Set variables for the processes that are started within."""
     os.environ.update(variables)
     try:

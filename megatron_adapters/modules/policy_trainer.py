@@ -157,7 +157,7 @@ class PolicyTrainer(TrainerModule):
         for batch, values in zip(batches, advantages, strict=True):
             batch.extras["advantages"] = values
 
-    def _correct_for_rollout(self, batches: Sequence[PaddedBatch]) -> None:
+    def _correct_for_rollout(self, batches: Sequence[PackedBatch]) -> None:
         """Weigh each token's policy loss, which is linear in its advantage where that is scaled."""
         if self.algorithm.rollout_correction == "none":
             return

@@ -6,17 +6,30 @@ import torch
 from megatron_cases import build_module, rows_of, score
 
 from chatlearn.data.rows import RowId
+from megatron_adapters.decode_graph import DecodeGraphs
 from megatron_adapters.generation_program import ModuleProgram
 from megatron_adapters.model_building import unwrap
 
 NUM_SAMPLES = 3
 
 
-def sample_prompts(rank, fields, prompts, *, through_modules=False, is_reversed=False, **options):
+def sample_prompts(
+    rank,
+    fields,
+    prompts,
+    *,
+    through_modules=False,
+    is_filled_up=False,
+    is_reversed=False,
+    **options,
+):
     """Tokens and log-probabilities of the samples of each prompt; the kind of the program."""
     module = build_module(rank, "policy", fields, **options)
     if through_modules:
         use_modules(module)
+    if is_filled_up:
+        runner = module._runner
+        runner.graphs = DecodeGraphs(runner.program, runner._layer_index, is_recorded=False)
     ids = [RowId(number, sample) for number in range(len(prompts)) for sample in range(NUM_SAMPLES)]
     tokens, logprobs = respond(module, prompts, ids[::-1] if is_reversed else ids)
     if is_reversed:

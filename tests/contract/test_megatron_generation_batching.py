@@ -97,6 +97,13 @@ def test_the_dense_program_says_what_megatrons_modules_say_on_four_ranks(ranks):
     assert_alike(dense, through_modules, bound=2e-5)
 
 
+def test_batches_that_are_filled_up_for_graphs_say_the_same(ranks):
+    """The passes of CUDA graphs, without the graphs."""
+    plain = sample(ranks, fields=GQA, generation=TIGHT)
+    assert_alike(sample(ranks, fields=GQA, generation=TIGHT, is_filled_up=True), plain)
+    assert_alike(sample(ranks, fields=GQA, is_filled_up=True), plain)
+
+
 def test_experts_generate_through_megatrons_modules(ranks):
     tokens, logprobs, kind = sample(ranks, fields=EXPERTS, generation=TIGHT)
     assert kind == "ModuleProgram"
