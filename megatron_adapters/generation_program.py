@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from megatron_adapters.fused import SwiGLU
 from megatron_adapters.kv_cache import CacheView
 from megatron_adapters.norm import FusedNorm
 
@@ -60,7 +61,6 @@ def is_dense(model: Any) -> bool:
         config.fp32_residual_connection
         or config.apply_residual_connection_post_layernorm
         or config.bias_activation_fusion
-        or config.use_te_activation_func
         or config.attention_output_gate
         or config.no_rope_freq
         or config.rotary_interleaved
@@ -105,8 +105,11 @@ def _is_dense_layer(layer: Any) -> bool:
     if not all(type(part) is kind for part, kind in parts):
         return False
     norms = (attention.q_layernorm, attention.k_layernorm)
+    activation = layer.mlp.activation_func
+    is_known = isinstance(activation, SwiGLU) or not layer.mlp.config.use_te_activation_func
     return (
-        type(attention.linear_qkv) is ColumnParallelLinear
+        is_known
+        and type(attention.linear_qkv) is ColumnParallelLinear
         and type(attention.linear_proj) is RowParallelLinear
         and type(attention.core_attention) is FusedAttention
         and type(layer.mlp.linear_fc1) is ColumnParallelLinear
