@@ -24,11 +24,11 @@ if not __package__:
     # Started as a file: what is beside it must not hide installed packages.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from chatlearn.errors import ChatLearnError
+from scripts.bench.measures import say, warn_of_company
 from scripts.bench.sync_measure import CaseResult, WrongWeightsError, measure_rig
 from scripts.bench.sync_rig import CASES, start_rigs
 
@@ -36,7 +36,6 @@ __all__ = ["main", "parse_arguments"]
 
 _HEADS = 12
 _PLAIN_WIDTH = 160
-_BUSY_PERCENT = 15.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,19 +104,12 @@ def _run_case(case: Any, shape: dict[str, Any], num_repeats: int) -> list[CaseRe
         tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as folder,
         start_rigs(case, shape, Path(folder)) as rigs,
     ):
-        _say(f"{case.name}: workers are up after {time.time() - start_s:.0f} s")
-        _warn_of_company()
+        say(f"{case.name}: workers are up after {time.time() - start_s:.0f} s")
+        warn_of_company()
         for rig in rigs:
             results += measure_rig(case.name, rig, num_repeats)
-        _say(f"{case.name}: measured after {time.time() - start_s:.0f} s")
+        say(f"{case.name}: measured after {time.time() - start_s:.0f} s")
     return results
-
-
-def _warn_of_company() -> None:
-    """Say so where the machine is not idle while nothing here runs."""
-    busy_percent = psutil.cpu_percent(interval=1.0)
-    if busy_percent > _BUSY_PERCENT:
-        _say(f"warning: something else takes {busy_percent:.0f} % of this machine: run it alone")
 
 
 def _print_table(results: Sequence[CaseResult]) -> None:
@@ -159,11 +151,6 @@ def _print_table(results: Sequence[CaseResult]) -> None:
             f"{each.digest_share:.1%}",
         )
     console.print(table)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""Decoding of this project beside transformers' `generate`, in one run: `scripts/bench/decode.py`.
+
+A `PolicyInference` and a transformers Llama of the same shape answer prompts in turns; beside them
+a bare decode loop in torch. A measurement with company is worthless: run it alone on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from scripts.bench.dtypes import list_dtypes
+from scripts.bench.measures import (
+    Measure,
+    check_equal_parameters,
+    compute_rates,
+    find_best_peer,
+    print_measures,
+    ratio_of_medians,
+    say,
+    spread,
+    warn_of_company,
+)
+from scripts.bench.rounds import BenchError, SideSpec, alternate, peer_python, start_sides
+from scripts.bench.workload import BENCH_SHAPE, Shape
+
+__all__ = ["build_options", "main", "parse_arguments"]
+
+_PARTS = ("fixed", "variable")
+_OURS, _BARE = "chatlearn", "bare loop"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; gives the exit code."""
+    given = parse_arguments(arguments)
+    measures: list[Measure] = []
+    try:
+        dtypes = given.peer_dtypes or list_dtypes()
+        measures += [
+            _compare(given, dtypes, is_variable=part == "variable") for part in given.parts
+        ]
+    except (BenchError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    print_measures("Decoding, medians", measures, as_json=given.json)
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(prog="scripts/bench/decode.py", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
+    parser.add_argument("--rounds", type=int, default=7, help="of each side")
+    parser.add_argument("--threads", type=int, default=2, help="of each side")
+    parser.add_argument("--num-slots", type=int, default=64, help="ours: sequences in flight")
+    parser.add_argument("--peer-dtypes", nargs="+", choices=("float32", "bfloat16"))
+    parser.add_argument("--quick", action="store_true", help="tiny: only to see it run")
+    return parser.parse_args(arguments)
+
+
+def build_options(given: argparse.Namespace, *, is_variable: bool) -> dict[str, Any]:
+    """What all sides are told."""
+    shape = Shape(num_layers=1, hidden_size=64, ffn_hidden_size=128) if given.quick else BENCH_SHAPE
+    new_tokens = 256 if is_variable else 64
+    return {
+        "shape": asdict(shape.for_variable_lengths() if is_variable else shape),
+        "is_variable": is_variable,
+        "num_requests": 256 if is_variable else 64,
+        "batch_size": 64,
+        "prompt_length": 32,
+        "new_tokens": 8 if given.quick else new_tokens,
+        "num_slots": given.num_slots,
+        "num_threads": given.threads,
+    }
+
+
+def _compare(given: argparse.Namespace, dtypes: Sequence[str], *, is_variable: bool) -> Measure:
+    """Tokens per second against transformers, and beside a bare loop where lengths are fixed."""
+    name = "decode_variable" if is_variable else "decode_fixed"
+    options, threads = build_options(given, is_variable=is_variable), given.threads
+    python = peer_python()
+    specs = [SideSpec(_OURS, "engine_decode", options, num_threads=threads)]
+    specs += [
+        SideSpec(f"transformers {d}", "peer_transformers", {**options, "dtype": d}, python, threads)
+        for d in dtypes
+    ]
+    if not is_variable:
+        specs += [
+            SideSpec(f"{_BARE} {d}", "bare_decode", {**options, "dtype": d}, num_threads=threads)
+            for d in dtypes
+        ]
+    with start_sides(specs) as sides:
+        say(f"{name}: all sides are up")
+        warn_of_company()
+        num_parameters = check_equal_parameters(sides)
+        found = alternate(sides, {}, num_rounds=given.rounds, warmup={})
+        dtype = sides[0].hello["dtype"]
+    rates = {side: compute_rates(reports, "tokens") for side, reports in found.items()}
+    peers = {side: rate for side, rate in rates.items() if not side.startswith(_BARE)}
+    best = find_best_peer(peers, _OURS)
+    details: dict[str, Any] = {
+        "ours": statistics.median(rates[_OURS]),
+        "peer": statistics.median(rates[best]),
+        "peer_dtype": best.rpartition(" ")[2],
+        "dtype": dtype,
+        "spread": max(spread(values) for values in rates.values()),
+        "parameters": num_parameters,
+    }
+    if f"{_BARE} {dtype}" in rates:
+        details["bare_loop"] = statistics.median(rates[f"{_BARE} {dtype}"])
+    details["rates"] = {side: [round(value) for value in rate] for side, rate in rates.items()}
+    fixed, variable = "64 x 64 tokens after 32", "256 requests of up to 256 tokens"
+    what = f"decoding, {variable if is_variable else fixed}, against transformers"
+    ratio = ratio_of_medians(rates[_OURS], rates[best])
+    return Measure(name, what, ratio, "x tokens/s", 4.0 if is_variable else 1.6, details=details)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What is measured: one process each, told by `scripts/bench/rounds.py` when to work."""
