@@ -3,10 +3,11 @@ SHELL := bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS_VENV := .venv-bench
 TORCH_CPU ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long check bench format docs clean
+.PHONY: help setup demo test test-long check bench-setup bench bench-docs format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,10 +37,26 @@ check: setup ## Lint, types, layers
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/pyright
 
-bench: setup ## Run the benchmarks of scripts/bench/ one by one, alone on the machine (ARGS)
+bench-setup: $(PEERS_VENV)/.ready ## Build .venv-bench with the peers: TRL and transformers
+
+$(PEERS_VENV)/.ready: scripts/bench/peers.txt
+	@[ -x $(PEERS_VENV)/bin/python ] || $(PYTHON) -m venv $(PEERS_VENV)
+	@$(PEERS_VENV)/bin/python -m pip install --quiet $(TORCH_CPU)
+	@$(PEERS_VENV)/bin/python -m pip install --quiet --requirement scripts/bench/peers.txt
+	@touch $@
+
+bench: setup bench-setup ## Run the benchmarks of scripts/bench/ one by one, alone on the machine (ARGS)
 	@for file in $$(grep -l '^if __name__ == "__main__":' scripts/bench/*.py 2>/dev/null); do \
 		echo "== $$file"; $(BIN)/python -m "scripts.bench.$$(basename "$$file" .py)" $(ARGS) || exit $$?; \
 	done
+
+bench-docs: setup bench-setup ## Measure beside TRL and transformers, and write docs/performance.md
+	@mkdir -p runs/bench
+	@for name in limits grpo decode train; do \
+		echo "== $$name"; set -o pipefail; \
+		$(BIN)/python -m "scripts.bench.$$name" --json | tee "runs/bench/$$name.txt" || exit $$?; \
+	done
+	@$(BIN)/python -m scripts.write_performance_docs runs/bench/{limits,grpo,decode,train}.txt
 
 format: setup ## Format and fix what ruff can fix
 	@$(BIN)/ruff format .

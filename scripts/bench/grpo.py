@@ -182,7 +182,13 @@ def _measure_memory(given: argparse.Namespace, peer_dtype: str) -> Measure:
             say(f"grpo_memory: {name} {peaks[name]:.0f} MB")
     what = "peak memory of GRPO steps (PSS of all processes), local backend, against TRL"
     ratio = peaks["local"] / peaks["trl"]
-    details = {f"{name}_mb": value for name, value in peaks.items()}
+    details = {
+        "ours": peaks["local"],
+        "peer": peaks["trl"],
+        "ray": peaks["ray"],
+        "peer_dtype": peer_dtype,
+        "in": "MB",
+    }
     return Measure("grpo_memory", what, ratio, "x bytes", 1.0, is_cap=True, details=details)
 
 

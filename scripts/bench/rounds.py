@@ -23,6 +23,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _START_S = 300.0
 _ROUND_S = 1800.0
 _END_S = 60.0
+_TERMINATE_S = 20.0
 _LOG_CHARACTERS = 3000
 
 
@@ -167,8 +168,13 @@ class Side:
         return BenchError(f"{self.name} {what}; its last words:\n{words}")
 
     def _kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        # A run of this project ends its workers when it is asked to end.
+        self._process.terminate()
+        try:
+            self._process.wait(_TERMINATE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @contextmanager

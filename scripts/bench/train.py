@@ -128,8 +128,9 @@ def _measure_mfu(given: argparse.Namespace) -> Measure:
             products.append(sides[0].run({"matmul": size})["amounts"]["flops_per_s"])
             steps += compute_rates([sides[0].run({})], "flops")
     details = {
-        "step_gflops": statistics.median(steps) / 1e9,
-        "product_gflops": statistics.median(products) / 1e9,
+        "step": statistics.median(steps) / 1e9,
+        "product": statistics.median(products) / 1e9,
+        "in": "GFLOP/s",
         "dtype": dtype,
         "spread": max(spread(steps), spread(products)),
         "parameters": sides[0].hello["num_parameters"],

@@ -24,12 +24,19 @@ class GatedReward(BaseModule):
 
     def setup(self) -> None:
         """Connect to the benchmark."""
+        self._left = self.runtime_args.num_episode
         self._gate = StepGate(Gate(self.model_args["address"]))
         self._gate.greet_with(**self.model_args["hello"])
 
     def before_episode(self) -> None:
-        """Wait until a step is ordered; once none comes any more the run ends by itself."""
-        self._gate.before_step()
+        """Wait until a step is ordered; the last episode is there for the end of the last wait.
+
+        Raises:
+            SystemExit: the benchmark ends before the run does.
+        """
+        self._left -= 1
+        if not self._gate.before_step() and self._left:
+            raise SystemExit("the benchmark is over")
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Adds `rewards`."""

@@ -48,13 +48,19 @@ class Gate:
         self._lines = self._socket.makefile("r", encoding="utf-8")
 
     def ask(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Report, and wait for the next order; a driver that is gone means `stop`."""
+        """Report, and wait for the next order.
+
+        Raises:
+            SystemExit: the driver is gone.
+        """
         try:
             self._socket.sendall(json.dumps(report).encode() + b"\n")
+            line = self._lines.readline()
         except OSError:
-            return {STOP: True}
-        line = self._lines.readline()
-        return json.loads(line) if line else {STOP: True}
+            line = ""
+        if not line:
+            raise SystemExit("the benchmark is gone")
+        return json.loads(line)
 
     def close(self) -> None:
         """Close the connection."""

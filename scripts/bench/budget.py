@@ -1,0 +1,83 @@
+"""What a GRPO step has to compute and to move, stage by stage. Pure; see `docs/performance.md`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scripts.bench.workload import Shape
+
+__all__ = ["Stage", "StepSize", "bound_seconds", "list_stages"]
+
+_FLOAT32_BYTES = 4
+# Adam reads weight, gradient and two moments, and writes weight and moments; the gradient is also
+# read for its norm and set to zero.
+_ADAM_PASSES = 9
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """One GRPO step; all prompts and all responses are equally long.
+
+    Attributes:
+        num_prompts: distinct prompts.
+        num_samples: responses of each.
+        prompt_length: tokens.
+        response_length: tokens.
+        element_bytes: of weights, activations and cache.
+    """
+
+    num_prompts: int = 8
+    num_samples: int = 8
+    prompt_length: int = 32
+    response_length: int = 64
+    element_bytes: int = _FLOAT32_BYTES
+
+    @property
+    def num_rows(self) -> int:
+        """Responses."""
+        return self.num_prompts * self.num_samples
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one part of the step needs at least.
+
+    Attributes:
+        name: of the stage.
+        flops: floating-point operations in matrix products.
+        num_bytes: weights, cache and optimizer state, read or written; activations count nothing.
+    """
+
+    name: str
+    flops: float
+    num_bytes: float
+
+
+def list_stages(shape: Shape, step: StepSize) -> list[Stage]:
+    """The stages of a step, in order."""
+    weights = shape.num_layers * shape.layer_weights + shape.vocab_size * shape.hidden_size
+    one_read = float(weights * step.element_bytes)
+    length = step.prompt_length + step.response_length
+    rows = step.num_rows
+    passes = shape.forward_flops(length, num_logits=step.response_length) * rows
+    prefill = shape.forward_flops(step.prompt_length, num_logits=1) * step.num_prompts
+    # The prompt's pass gives the first token; the others take a step each.
+    starts = range(step.prompt_length, length - 1)
+    decode = sum(shape.forward_flops(1, start=start) for start in starts) * rows
+    cached = shape.cache_bytes(sum(start + 1 for start in starts), step.element_bytes) * rows
+    optimizer = _ADAM_PASSES * shape.num_parameters * _FLOAT32_BYTES
+    return [
+        Stage("prompts, each once", prefill, one_read),
+        Stage("decoding", decode, len(starts) * one_read + cached),
+        Stage("reference", passes, one_read),
+        Stage("forward and backward", 3 * passes, 3 * one_read),
+        Stage("optimizer", 0.0, float(optimizer)),
+        Stage("weight sync", 0.0, float(2 * shape.num_parameters * step.element_bytes)),
+    ]
+
+
+def bound_seconds(stage: Stage, *, flops_per_s: float, bytes_per_s: float) -> float:
+    """Least time of a stage on a machine with these limits."""
+    return max(stage.flops / flops_per_s, stage.num_bytes / bytes_per_s)

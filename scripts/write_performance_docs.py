@@ -1,0 +1,125 @@
+"""Writes the generated sections of docs/performance.md from what the benchmarks printed.
+
+    python -m scripts.write_performance_docs FILE...
+
+Each file holds the output of one benchmark that was run with `--json`; `make bench-docs` runs them
+all and then this.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scripts.bench.budget import StepSize, bound_seconds, list_stages
+from scripts.bench.workload import BENCH_SHAPE
+
+__all__ = ["fill_section", "main", "render_budget", "render_measured"]
+
+_PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+_THREADS = "2"
+# Figures of a measure that stand beside its two sides, and what they are called.
+_BESIDE = {
+    "bare_loop": "bare loop",
+    "ray": "ray",
+    "step": "step",
+    "product": "product",
+    "in": "in",
+    "spread": "spread",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the sections; gives the exit code."""
+    files = sys.argv[1:] if arguments is None else arguments
+    found = [json.loads(Path(name).read_text("utf-8").splitlines()[-1]) for name in files]
+    limits = next((each for each in found if "matmul_gflops" in each), None)
+    text = fill_section(_PAGE.read_text("utf-8"), "budget", render_budget(limits))
+    measured = [each for each in found if "measures" in each]
+    if measured:
+        today = datetime.now(UTC).strftime("%Y-%m-%d")
+        text = fill_section(text, "measured", render_measured(measured, today))
+    _PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def fill_section(text: str, name: str, content: str) -> str:
+    """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->`.
+
+    Raises:
+        ValueError: the page has no such section.
+    """
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    head, found, rest = text.partition(begin)
+    _, also_found, tail = rest.partition(end)
+    if not (found and also_found):
+        raise ValueError(f"the page has no section between {begin.strip()} and {end}")
+    return f"{head}{begin}{content}{end}{tail}"
+
+
+def render_budget(limits: Mapping[str, Any] | None) -> str:
+    """The stages of the benchmark's step in fp32; with limits also the least time of each."""
+    stages = list_stages(BENCH_SHAPE, StepSize())
+    if limits is None:
+        rows = [[s.name, _billions(s.flops), _billions(s.num_bytes)] for s in stages]
+        return _table(["stage", "GFLOP", "GB"], rows)
+    flops_per_s = 1e9 * limits["matmul_gflops"]["float32"][_THREADS]
+    copied_per_s = 1e9 * limits["copy_gb_per_s"][_THREADS]
+    bounds = [
+        bound_seconds(s, flops_per_s=flops_per_s, bytes_per_s=2 * copied_per_s) for s in stages
+    ]
+    rows = [
+        [s.name, _billions(s.flops), _billions(s.num_bytes), f"{bound * 1e3:.0f}"]
+        for s, bound in zip(stages, bounds, strict=True)
+    ]
+    total = [sum(s.flops for s in stages), sum(s.num_bytes for s in stages)]
+    rows.append(["together", *map(_billions, total), f"{sum(bounds) * 1e3:.0f}"])
+    note = (
+        f"\nLimits of the machine, {_THREADS} threads: {flops_per_s / 1e9:.0f} GFLOP/s in fp32, "
+        f"{2 * copied_per_s / 1e9:.1f} GB/s of memory, read and written together.\n"
+    )
+    return _table(["stage", "GFLOP", "GB", "at least, ms"], rows) + note
+
+
+def render_measured(results: Sequence[Mapping[str, Any]], date: str) -> str:
+    """The measures with their bars, and the machine they were taken on."""
+    rows: list[list[str]] = []
+    for measure in (each for found in results for each in found["measures"]):
+        details = measure["details"]
+        sides = [_show(details[key]) if key in details else "" for key in ("ours", "peer")]
+        beside = ", ".join(f"{_BESIDE[k]} {_show(details[k])}" for k in _BESIDE if k in details)
+        bar = f"{'at most' if measure['is_cap'] else 'at least'} {measure['bar']:g}"
+        figure = f"{measure['value']:.2f} {measure['unit']}"
+        met = "yes" if measure["is_met"] else "no"
+        dtypes = " / ".join(str(details[k]) for k in ("dtype", "peer_dtype") if k in details)
+        name = f"`{measure['name']}`"
+        rows.append([name, measure["what"], *sides, beside, dtypes, figure, bar, met])
+    machine = results[0]["machine"]
+    note = (
+        f"\nMeasured on {date}: {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gb']:g} GB, {_THREADS} threads a side.\n"
+    )
+    dtypes = "dtype (ours / peer)"
+    names = ["measure", "what", "ours", "peer", "beside", dtypes, "figure", "bar", "met"]
+    return _table(names, rows) + note
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _show(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _billions(value: float) -> str:
+    return f"{value / 1e9:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
