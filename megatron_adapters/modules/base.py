@@ -27,6 +27,7 @@ from megatron_adapters.parallel_state import (
     initialize_parallel_state,
     read_groups,
 )
+from megatron_adapters.precision import with_precision
 from megatron_adapters.training import TrainingState, build_training_state
 from megatron_adapters.weights import describe_layout
 from megatron_adapters.weights.architecture import Head
@@ -75,7 +76,7 @@ class MegatronModule(BaseModule):
         initialize_parallel_state(self.layout, self.device, seed)
         self.settings = build_settings(
             self.name,
-            self.module_args.megatron,
+            with_precision(self.module_args.megatron, self.device.type),
             self.layout,
             self.device,
             is_generating=self.use_cache,
@@ -168,7 +169,7 @@ class MegatronModule(BaseModule):
             return None
         is_on_cpu = config.num_gpu == 0 or config.num_cpu > 0
         return describe_layout(
-            config.megatron,
+            with_precision(config.megatron, "cpu" if is_on_cpu else "cuda"),
             layout,
             head=self.head,
             is_generating=self.use_cache,

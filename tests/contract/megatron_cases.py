@@ -32,6 +32,7 @@ SHAPE = {
     "max_sequence_length": 24,
     # Large enough that positions, masks and caches show in the outputs.
     "init_method_std": 0.1,
+    "bf16": False,
     "lr": 0.01,
     "weight_decay": 0.0,
     "clip_grad": 1.0,

@@ -9,6 +9,7 @@ from megatron_adapters import PolicyTrainer
 
 SHAPE = {
     "num_layers": 2,
+    "bf16": False,
     "hidden_size": 16,
     "ffn_hidden_size": 32,
     "num_attention_heads": 2,

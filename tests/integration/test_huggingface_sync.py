@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {
     "num_layers": 2,
+    "bf16": False,
     "hidden_size": 32,
     "ffn_hidden_size": 64,
     "num_attention_heads": 4,
