@@ -5,7 +5,7 @@ __all__ = ["UNSUPPORTED"]
 _OFFLOAD = "models that share a device keep their memory; give each model its own devices"
 _LORA = "train all weights"
 _RESUME = "set models.<name>.load to the checkpoint folder to start from"
-_PROFILE = "timeline.json in the run folder shows every stage"
+_PROFILE = "set runtime.profile: true; timeline.json in the run folder shows every stage"
 
 UNSUPPORTED: dict[str, dict[str, str]] = {
     "runtime_env": {"platform": "start the cluster with scripts/run_ray_cluster.sh"},

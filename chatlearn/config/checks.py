@@ -27,6 +27,7 @@ def find_contradictions(config: Config) -> list[str]:
     problems = [line for name, model in config.models.items() for line in _check_model(name, model)]
     problems.extend(_check_batches(config.runtime))
     problems.extend(_check_colocation(config))
+    problems.extend(_check_profile(config.runtime))
     algorithm = config.runtime.algorithm
     if algorithm.rollout_correction != "none" and algorithm.old_logprobs == "rollout":
         problems.append(
@@ -127,6 +128,16 @@ def _check_batches(runtime: RuntimeConfig) -> Iterator[str]:
     ratio, paths = runtime.data_ratio, runtime.data_path
     if ratio is not None and paths is not None and len(ratio) != len(paths):
         yield f"runtime: data_ratio has {len(ratio)} numbers for {len(paths)} files of data_path"
+
+
+def _check_profile(runtime: RuntimeConfig) -> Iterator[str]:
+    chosen = runtime.profile_episode
+    if chosen is None:
+        return
+    if not runtime.profile:
+        yield f"runtime: profile_episode={chosen} needs profile: true"
+    if chosen > runtime.num_episode:
+        yield f"runtime: profile_episode={chosen} is more than num_episode={runtime.num_episode}"
 
 
 def _check_colocation(config: Config) -> Iterator[str]:

@@ -314,6 +314,14 @@ class RuntimeConfig(_Section):
     algorithm: AlgorithmConfig = Field(
         default=AlgorithmConfig(), description="losses and advantages"
     )
+    profile: bool = Field(
+        default=False,
+        description="profile one episode: kernel timelines (Chrome traces) and the costliest "
+        "operators of each stage, in `profile/` of the run folder",
+    )
+    profile_episode: Positive | None = Field(
+        default=None, description="which, from 1; unset: the second, or the only one"
+    )
     exp_name: str = Field(default="chatlearn", description="folder of the run within `output_dir`")
     output_dir: str = Field(default="runs", description="where run folders go")
     enable_tensorboard: bool = Field(default=True, description="write TensorBoard files")

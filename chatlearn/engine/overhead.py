@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from chatlearn.flow.graph import ROOT, TRAIN_METHOD
@@ -10,12 +11,24 @@ from chatlearn.metrics.critical_path import BusySpan, critical_seconds
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
+    from chatlearn.engine.session import Session
     from chatlearn.flow.execute import StageRecord
     from chatlearn.flow.graph import FlowGraph
 
-__all__ = ["OverheadMeter"]
+__all__ = ["OverheadMeter", "build_meter"]
 
 _ROLLOUT = ("rollout",)
+
+
+def build_meter(session: Session, *, has_manager: bool) -> OverheadMeter:
+    """A meter for the flows of a run, whose first episode begins now."""
+    flows, runtime = session.plan.flows, session.config.runtime
+    groups = runtime.colocation_groups
+    if runtime.backend == "local":
+        # One process: every model takes turns with every other.
+        groups = (tuple(flows.modules),)
+    graphs = (flows.environment, flows.trainer, flows.evaluator)
+    return OverheadMeter(graphs, groups, has_manager=has_manager, now_s=time.time())
 
 
 class OverheadMeter:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from chatlearn.checkpoint.folders import RunState, begin_checkpoint, prune_checkpoints
 from chatlearn.engine.episode_metrics import average_workers, summarize_records, wall_seconds
 from chatlearn.engine.evaluation import Evaluation, run_evaluation
-from chatlearn.engine.overhead import OverheadMeter
+from chatlearn.engine.overhead import build_meter
 from chatlearn.engine.planning import synced_in_episode
+from chatlearn.engine.profile import EpisodeProfile
 from chatlearn.engine.prompts import PromptSource
 from chatlearn.engine.result import RunResult
 from chatlearn.engine.rollout import Rollout
@@ -83,7 +84,8 @@ class _Run:
         self.syncs = [(pair, self._build_synchronizer(*pair)) for pair in session.plan.flows.syncs]
         self.eval_prompts = self._build_eval_prompts()
         self.rollout = Rollout(engine, session, log) if engine.datasets_needed else None
-        self.overhead = self._build_overhead()
+        self.overhead = build_meter(session, has_manager=engine.sample_manager is not None)
+        self.profile = EpisodeProfile(session, log.folder.profile_dir)
 
     def execute(self) -> RunResult:
         """Every episode, one after another."""
@@ -102,7 +104,9 @@ class _Run:
         # With the first numbers that are written, under names of their own.
         self.start_metrics = {f"{name}_at_start": value for name, value in synced.items()}
         if self.rollout is None:
+            self.profile.start(0)
             self.log.write(0, 1, {**self._take_start_metrics(), **self._evaluate(episode=0)})
+            self.profile.finish(0)
             return
         if self.runtime.enable_eval_before_training and self.eval_prompts is not None:
             metrics = {**self._take_start_metrics(), **self._evaluate(episode=0)}
@@ -117,6 +121,7 @@ class _Run:
 
     def _run_episode(self, rollout: Rollout, episode: int) -> None:
         start_s = time.monotonic()
+        self.profile.start(episode)
         self.session.start_episode()
         samples = rollout.start(episode)
         metrics = self._take_start_metrics()
@@ -138,6 +143,9 @@ class _Run:
         metrics.update(average_workers(self.session.finish_episode(), "episode"))
         metrics["time/episode"] = time.monotonic() - start_s
         metrics.update(self.overhead.finish(time.time()))
+        if self.profile.finish(episode):
+            # Writing it is no part of the next episode.
+            self.overhead.finish(time.time())
         self.num_finished = episode + 1
         self.log.write(episode, self.runtime.num_episode, metrics)
 
@@ -238,18 +246,6 @@ class _Run:
         )
         synchronizer.prepare()
         return synchronizer
-
-    def _build_overhead(self) -> OverheadMeter:
-        flows, groups = self.session.plan.flows, self.runtime.colocation_groups
-        if self.runtime.backend == "local":
-            # One process: every model takes turns with every other.
-            groups = (tuple(flows.modules),)
-        return OverheadMeter(
-            (flows.environment, flows.trainer, flows.evaluator),
-            groups,
-            has_manager=self.engine.sample_manager is not None,
-            now_s=time.time(),
-        )
 
     def _build_eval_prompts(self) -> PromptSource | None:
         graph = self.session.plan.flows.evaluator

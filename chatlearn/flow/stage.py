@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -103,16 +104,18 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
         raise SyncError(f"{context.unusable_reason}: they are not used before the next full sync")
     batch = _join(call.row_ids, call.inputs)
     producer = f"{context.model_name}.{call.method_name}"
-    start_s = time.time()
-    output = invoke(
-        context.module,
-        call.method_name,
-        batch.collate(),
-        row_ids=call.row_ids,
-        iteration=call.iteration,
-        constants=call.constants,
-    )
-    end_s = time.time()
+    data = batch.collate()
+    with _profiled(context, call.method_name):
+        start_s = time.time()
+        output = invoke(
+            context.module,
+            call.method_name,
+            data,
+            row_ids=call.row_ids,
+            iteration=call.iteration,
+            constants=call.constants,
+        )
+        end_s = time.time()
     metrics = context.module.take_metrics()
     if not _is_output_rank(context):
         return None, StageReport(start_s, end_s, len(batch), {}, {})
@@ -120,6 +123,9 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
         output = {}
     rows = RowBatch.from_output(call.row_ids, output, producer)
     statistics, loads = _row_statistics(rows, batch), measure_loads(rows.columns)
+    if context.profiler is not None:
+        # A method that scores gives no tokens back.
+        context.profiler.add_tokens(max(_total(loads), _total(measure_loads(batch.columns))))
     return rows, StageReport(start_s, end_s, len(batch), metrics, statistics, loads)
 
 
@@ -127,16 +133,18 @@ def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
     """Run one global batch of this lane through a training method."""
     micro_batches = _cut(call)
     context.module.num_updates = call.num_updates
-    start_s = time.time()
-    result = invoke(
-        context.module,
-        call.method_name,
-        micro_batches,
-        row_ids=[list(ids) for ids in call.micro_batches],
-        iteration=call.iteration,
-        constants=call.constants,
-    )
-    end_s = time.time()
+    with _profiled(context, call.method_name):
+        start_s = time.time()
+        result = invoke(
+            context.module,
+            call.method_name,
+            micro_batches,
+            row_ids=[list(ids) for ids in call.micro_batches],
+            iteration=call.iteration,
+            constants=call.constants,
+        )
+        end_s = time.time()
+    _count_tokens(context, micro_batches)
     metrics = dict(context.module.take_metrics())
     if result is not None:
         if not isinstance(result, Mapping):
@@ -156,9 +164,12 @@ def prepare_episode(context: WorkerContext, calls: Sequence[TrainCall]) -> Stage
     batches = [_cut(call) for call in calls]
     row_ids = [[list(ids) for ids in call.micro_batches] for call in calls]
     context.module.num_updates = calls[0].num_updates
-    invoke_prepare_episode(context.module, batches, row_ids)
+    with _profiled(context, "prepare_episode"):
+        invoke_prepare_episode(context.module, batches, row_ids)
+    end_s = time.time()
+    _count_tokens(context, [part for batch in batches for part in batch])
     num_rows = sum(len(ids) for call in calls for ids in call.micro_batches)
-    return StageReport(start_s, time.time(), num_rows, context.module.take_metrics(), {})
+    return StageReport(start_s, end_s, num_rows, context.module.take_metrics(), {})
 
 
 def wants_whole_episode(context: WorkerContext, call: TrainCall) -> bool:
@@ -166,6 +177,20 @@ def wants_whole_episode(context: WorkerContext, call: TrainCall) -> bool:
     columns = _join([call.sample_row], call.inputs).columns
     context.module.num_updates = call.num_updates
     return bool(context.module.wants_whole_episode(tuple(columns)))
+
+
+def _profiled(context: WorkerContext, stage: str) -> AbstractContextManager[None]:
+    return nullcontext() if context.profiler is None else context.profiler.record(stage)
+
+
+def _count_tokens(context: WorkerContext, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+    """Tell a profiler what a trainer has read; each lane counts once."""
+    if context.profiler is not None and _is_output_rank(context):
+        context.profiler.add_tokens(sum(_total(measure_loads(part)) for part in micro_batches))
+
+
+def _total(loads: Sequence[RowLoad]) -> int:
+    return sum(load.prompt + load.response for load in loads)
 
 
 def _join(row_ids: Sequence[RowId], inputs: Sequence[StageInput]) -> RowBatch:

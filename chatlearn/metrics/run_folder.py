@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def profile_dir(self) -> Path:
+        """Kernel timelines, where an episode was profiled."""
+        return self.path / "profile"
+
+    @property
     def logs_dir(self) -> Path:
         """One file per worker."""
         return self.path / "logs"

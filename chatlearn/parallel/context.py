@@ -5,6 +5,7 @@ driver process). The runtime builds it, keeps it and closes it.
 """
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-__all__ = ["Closable", "WorkerContext"]
+__all__ = ["Closable", "Profiler", "WorkerContext"]
 
 
 class Closable(Protocol):
@@ -22,6 +23,18 @@ class Closable(Protocol):
 
     def close(self) -> None:
         """Release what is held; called once."""
+        ...
+
+
+class Profiler(Protocol):
+    """Looks at the calls of a worker while an episode is profiled."""
+
+    def record(self, stage: str) -> AbstractContextManager[None]:
+        """Around one call of a stage."""
+        ...
+
+    def add_tokens(self, count: int) -> None:
+        """Tokens of the last call's rows."""
         ...
 
 
@@ -46,6 +59,7 @@ class WorkerContext:
         timeout_s: bound of every collective.
         reserved_shm_bytes: shared memory of this host that is spoken for.
         unusable_reason: why the module must not be used now; empty where it may be.
+        profiler: what looks at the calls; None while nothing is profiled.
     """
 
     model_name: str
@@ -61,6 +75,7 @@ class WorkerContext:
     timeout_s: float
     reserved_shm_bytes: int = 0
     unusable_reason: str = ""
+    profiler: Profiler | None = None
     _resources: dict[Hashable, Closable] = field(default_factory=dict[Hashable, Closable])
 
     def keep(self, key: Hashable, build: Callable[[], ClosableT]) -> ClosableT:

@@ -53,6 +53,57 @@ def test_what_is_logged_after_an_episode_is_averaged_over_the_workers(learn):
     assert result.metrics[0]["episode/sampler/replica"] == 1.5
 
 
+class Reader(Sampler):
+    """A sampler whose rows have tokens, and that computes something."""
+
+    def forward_step(self, data):
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        count = len(data["prompt"])
+        return {
+            **super().forward_step(data),
+            "prompt_token_ids": [[1, 2]] * count,
+            "response_token_ids": [[3, 4, 5]] * count,
+        }
+
+
+class ExpTrainer(Trainer):
+    def train_step(self, data, iteration):
+        torch.ones(64, 64).exp()
+        return super().train_step(data, iteration)
+
+
+@pytest.mark.parametrize("backend", ["learn_locally", "learn"])
+def test_a_profile_shows_the_kernels_of_every_stage_of_one_episode(backend, request):
+    reader, trainer = Reader("reader"), ExpTrainer("trainer")
+    engine = Engine(
+        Environment(lambda b: reader.forward_step(b)),
+        TrainerFlow(lambda b: trainer.train_step(b)),
+    ).set_dataset([1, 2, 3, 4])
+    models = {"reader": {"num_gpu": 2}} if backend == "learn" else {}
+    run = request.getfixturevalue(backend)
+    result = run(engine, models, num_episode=3, profile=True, sample_per_episode=4)
+    folder = result.run_dir / "profile"
+    ranks = ["reader.0", "reader.1"] if models else ["reader.0"]
+    names = {f"{name}.json" for name in [*ranks, "trainer.0"]}
+    assert {path.name for path in folder.iterdir()} == {"summary.txt", *names}
+    span = spans(result, "train_step")[1]
+    trace = json.loads((folder / "trainer.0.json").read_text())["traceEvents"]
+    (kernel,) = [event for event in trace if event.get("name") == "aten::exp"]
+    # Of the second episode, on the clock of the timeline.
+    assert span["ts"] - 1e3 <= kernel["ts"] <= span["ts"] + span["dur"] + 1e3
+    summary = (folder / "summary.txt").read_text()
+    assert f"on the longest of {len(ranks)} ranks, {len(ranks)} calls, 20 tokens" in summary
+    assert "reader.forward_step" in summary
+    assert "trainer.train_step" in summary
+    assert "aten::mm" in summary
+
+
+def test_nothing_is_profiled_unless_it_is_asked_for(learn_locally):
+    sampler = Sampler("sampler")
+    engine = Engine(Environment(lambda b: sampler.forward_step(b))).set_dataset([1, 2])
+    assert not (learn_locally(engine).run_dir / "profile").exists()
+
+
 class Preparing(Trainer):
     needs_whole_episode = True
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from chatlearn.data.balance import (
@@ -51,6 +51,7 @@ ROW_LOADS = st.dictionaries(
 LIMITS = st.builds(Limits, st.none() | st.integers(1, 9), st.none() | st.integers(1, 400))
 
 
+@settings(deadline=None)
 @given(ROW_LOADS, st.integers(1, 6), LIMITS)
 def test_every_row_occurs_once_and_every_lane_has_as_many_micro_batches(loads, lanes, limits):
     cut = cut_batch(list(loads), lanes, limits, loads)
@@ -59,6 +60,7 @@ def test_every_row_occurs_once_and_every_lane_has_as_many_micro_batches(loads, l
     assert len({len(lane) for lane in cut}) == 1
 
 
+@settings(deadline=None)
 @given(ROW_LOADS, st.integers(1, 6), LIMITS)
 def test_no_micro_batch_is_above_the_limits_unless_it_is_one_row(loads, lanes, limits):
     for lane in cut_batch(list(loads), lanes, limits, loads):
@@ -68,6 +70,7 @@ def test_no_micro_batch_is_above_the_limits_unless_it_is_one_row(loads, lanes, l
                 assert limits.tokens is None or count_tokens(part, loads) <= limits.tokens
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(32, 48), st.floats(0.2, 1.3), LIMITS)
 def test_lanes_are_within_5_per_cent_on_long_tailed_lengths(seed, lanes, per_lane, sigma, limits):
     loads = long_tailed(seed, lanes * per_lane, 1, sigma)
@@ -77,6 +80,7 @@ def test_lanes_are_within_5_per_cent_on_long_tailed_lengths(seed, lanes, per_lan
     assert max(tokens) <= 1.05 * mean
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.sampled_from([2, 4, 8, 16, 32]))
 def test_lanes_are_within_5_per_cent_where_samples_share_prompts(seed, lanes, per_prompt):
     loads = long_tailed(seed, lanes * 32 // per_prompt, per_prompt, 1.0, prompt=150.0)
@@ -88,6 +92,7 @@ def test_lanes_are_within_5_per_cent_where_samples_share_prompts(seed, lanes, pe
     assert sum(tokens) <= 1.05 * count_tokens(loads, loads)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.randoms(use_true_random=False))
 def test_the_cut_depends_on_the_batch_alone(seed, shuffler):
     loads = long_tailed(seed, 12, 4, 1.0, prompt=100.0)
