@@ -161,6 +161,8 @@ def test_sizes_of_a_model_that_do_not_add_up_are_refused_with_the_sum(keys, line
             {"algorithm": {"old_logprobs": "rollout", "rollout_correction": "truncate"}},
             "with old_logprobs=rollout they are the same",
         ),
+        ({"profile_episode": 1}, "profile_episode=1 needs profile: true"),
+        ({"profile": True, "profile_episode": 3}, "profile_episode=3 is more than num_episode=1"),
         ({"colocation": ["policy,polcy"]}, "'polcy' is not one of the models ['policy']"),
         ({"colocation": ["policy", ["policy"]]}, "'policy' is in more than one group"),
     ],

@@ -48,6 +48,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_the_timeline_is_a_chrome_trace_with_a_row_for_each_lane(tmp_path):
     timeline = Timeline(tmp_path / "timeline.json")
     timeline.add("forward_step", "policy[0]", 10.0, 10.5)
+    timeline.write()
     timeline.add("train_step", "trainer[0]", 11.0, 10.0)
     timeline.add("forward_step", "policy[0]", 12.0, 13.0)
     timeline.write()
@@ -61,6 +62,22 @@ def test_the_timeline_is_a_chrome_trace_with_a_row_for_each_lane(tmp_path):
         ("policy[0]", "forward_step", 12e6, 1e6),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["timeline.json"]
+
+
+def test_a_timeline_is_valid_after_every_write_and_forgets_its_older_half(tmp_path):
+    path = tmp_path / "timeline.json"
+    timeline = Timeline(path, max_spans=4)
+    timeline.write()
+    assert json.loads(path.read_text()) == {"traceEvents": []}
+    seen = []
+    for number in range(7):
+        timeline.add(str(number), f"lane {number % 2} é", number, number + 1)
+        timeline.write()
+        events = json.loads(path.read_text())["traceEvents"]
+        seen.append([event["name"] for event in events if event["ph"] == "X"])
+    assert seen[3:] == [list("0123"), list("34"), list("345"), list("3456")]
+    names = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert names == {"lane 0 é", "lane 1 é"}
 
 
 def test_an_episode_is_one_line_of_what_matters_most():
