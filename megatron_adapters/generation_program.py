@@ -183,6 +183,7 @@ class DenseProgram:
         self._groups: int = attention.num_query_groups_per_partition
         self._size: int = attention.hidden_size_per_attention_head
         self._tensor_group = attention.pg_collection.tp
+        self._is_split = self._tensor_group.size() > 1
         self._is_gated = bool(model.config.gated_linear_unit)
         self._activation: Norm = model.config.activation_func
         final_norm = getattr(model.decoder, "final_layernorm", None)
@@ -195,7 +196,7 @@ class DenseProgram:
         """See `StageProgram.embed`."""
         embedding = self._model.embedding
         words = embedding.word_embeddings
-        if self._tensor_group.size() == 1:
+        if not self._is_split:
             hidden = functional.embedding(view.token_ids, words.weight)
         else:
             token_ids = view.token_ids - words.vocab_start_index
@@ -222,7 +223,7 @@ class DenseProgram:
         if self._final_norm is not None:
             hidden = self._final_norm(hidden)
         logits = functional.linear(hidden, _output_weight(self._model))
-        if self._tensor_group.size() == 1:
+        if not self._is_split:
             return logits
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -233,7 +234,7 @@ class DenseProgram:
     ) -> torch.Tensor:
         mixed = functional.linear(hidden, layer.qkv.weight, layer.qkv.bias)
         # For each group its query heads, its key and its value.
-        mixed = mixed.view(len(hidden), self._groups, -1, self._size)
+        mixed = mixed.view(hidden.shape[0], self._groups, -1, self._size)
         turned, value = mixed[:, :, :-1], mixed[:, :, -1]
         if layer.query_norm is not None or layer.key_norm is not None:
             query, key = turned[:, :, :-1], turned[:, :, -1:]
@@ -258,7 +259,7 @@ class DenseProgram:
 
     def _project(self, hidden: torch.Tensor, linear: _Linear) -> torch.Tensor:
         """A product whose input is split over the tensor-parallel ranks."""
-        if self._tensor_group.size() == 1:
+        if not self._is_split:
             return functional.linear(hidden, linear.weight, linear.bias)
         hidden = functional.linear(hidden, linear.weight)
         dist.all_reduce(hidden, group=self._tensor_group)

@@ -124,7 +124,7 @@ class CacheView:
         device: torch.device,
     ) -> CacheView:
         """View of a pass."""
-        num_rows = 0 if rows is None else len(rows.token_ids)
+        num_rows = 0 if rows is None else rows.token_ids.shape[0]
         packed = _PackedChunks.build(chunks, num_rows, device)
         longest, column, bias = 0, None, None
         if rows is None:
@@ -174,7 +174,7 @@ class CacheView:
         Row i reads slot i; it writes to `slots[i]`, which is another for rows that only fill up.
         """
         bias = row_bias(positions, longest, cache.keys[0].dtype)
-        count = len(token_ids)
+        count = token_ids.shape[0]
         return cls(
             cache, layer_index, token_ids, positions, slots, count, longest, None, bias, (), None
         )

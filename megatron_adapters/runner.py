@@ -113,7 +113,7 @@ class MegatronRunner:
         hidden = (
             self.program.embed(view)
             if self._groups.is_first_stage
-            else self._receive(len(view.token_ids))
+            else self._receive(view.token_ids.shape[0])
         )
         hidden = self.program.run_layers(hidden, view)
         if not self._groups.is_last_stage:

@@ -72,6 +72,7 @@ class SlotState:
     ) -> None:
         self._seed = seed
         self._stop = torch.tensor(sorted(stop_token_ids), dtype=torch.int64, device=device)
+        self._has_stop = bool(stop_token_ids)
         self._slots = torch.arange(num_slots, device=device)
         self._steps = torch.arange(_STEPS, device=device)
         # Columns: last token, tokens in the cache, response tokens, limit, row's prompt and sample.
@@ -108,7 +109,7 @@ class SlotState:
         self._numbers[1:3, :num_running] += 1
         self._column += 1
         is_done = count >= self._limit[:num_running]
-        if len(self._stop):
+        if self._has_stop:
             is_done |= self._is_stop(sampled.token_ids)
         return cast("list[int]", cast("Any", is_done.nonzero()[:, 0]).tolist())
 
