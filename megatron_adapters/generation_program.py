@@ -8,20 +8,17 @@ themselves, so what weight sync writes counts from the next pass on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn import functional
 
-from megatron_adapters.fused import SwiGLU
+from megatron_adapters.dense_layers import DenseLayer, DenseLinear, TensorFunction, is_dense
 from megatron_adapters.kv_cache import CacheView
-from megatron_adapters.norm import FusedNorm
 
-__all__ = ["DenseProgram", "ModuleProgram", "StageProgram", "build_program", "is_dense"]
+__all__ = ["DenseProgram", "ModuleProgram", "StageProgram", "build_program"]
 
 
 class StageProgram(Protocol):
@@ -51,123 +48,6 @@ def build_program(model: Any, max_length: int) -> StageProgram:
     return kind(model, max_length)
 
 
-def is_dense(model: Any) -> bool:
-    """Whether `DenseProgram` knows everything that this model is made of."""
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
-    config = model.config
-    rotary = getattr(model, "rotary_pos_emb", None)
-    has_known_config = not (
-        config.fp32_residual_connection
-        or config.apply_residual_connection_post_layernorm
-        or config.bias_activation_fusion
-        or config.attention_output_gate
-        or config.no_rope_freq
-        or config.rotary_interleaved
-        or config.activation_func_clamp_value is not None
-        or config.glu_linear_offset
-        or config.sequence_parallel
-        or config.fp8
-        or config.fp4
-    )
-    has_known_positions = model.position_embedding_type in (
-        "rope",
-        "learned_absolute",
-        "none",
-    ) and (rotary is None or type(rotary) is RotaryEmbedding)
-    final_norm = getattr(model.decoder, "final_layernorm", None)
-    return (
-        has_known_config
-        and has_known_positions
-        and (final_norm is None or type(final_norm) is FusedNorm)
-        and all(_is_dense_layer(layer) for layer in model.decoder.layers)
-    )
-
-
-def _is_dense_layer(layer: Any) -> bool:
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.attention import SelfAttention
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mlp import MLP
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    from megatron_adapters.attention import FusedAttention
-
-    attention = layer.self_attention
-    parts = [
-        (layer, TransformerLayer),
-        (attention, SelfAttention),
-        (layer.cross_attention, IdentityOp),
-        (layer.mlp, MLP),
-        (layer.input_layernorm, FusedNorm),
-        (layer.pre_mlp_layernorm, FusedNorm),
-    ]
-    if not all(type(part) is kind for part, kind in parts):
-        return False
-    norms = (attention.q_layernorm, attention.k_layernorm)
-    activation = layer.mlp.activation_func
-    is_known = isinstance(activation, SwiGLU) or not layer.mlp.config.use_te_activation_func
-    return (
-        is_known
-        and type(attention.linear_qkv) is ColumnParallelLinear
-        and type(attention.linear_proj) is RowParallelLinear
-        and type(attention.core_attention) is FusedAttention
-        and type(layer.mlp.linear_fc1) is ColumnParallelLinear
-        and type(layer.mlp.linear_fc2) is RowParallelLinear
-        and all(norm is None or type(norm) in (FusedNorm, IdentityOp) for norm in norms)
-        and attention.config.num_query_groups >= attention.world_size
-    )
-
-
-@dataclass(frozen=True)
-class _Linear:
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    @classmethod
-    def of(cls, module: Any) -> _Linear:
-        return cls(module.weight, module.bias)
-
-
-Norm = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The weights of a layer; norms are the modules' own functions."""
-
-    number: int
-    attention_norm: Norm
-    qkv: _Linear
-    query_norm: Norm | None
-    key_norm: Norm | None
-    projection: _Linear
-    softmax_scale: float | None
-    mlp_norm: Norm
-    fc1: _Linear
-    fc2: _Linear
-
-    @classmethod
-    def of(cls, layer: Any) -> _Layer:
-        attention, mlp = layer.self_attention, layer.mlp
-        norms = (attention.q_layernorm, attention.k_layernorm)
-        query_norm, key_norm = (
-            norm.forward if isinstance(norm, FusedNorm) else None for norm in norms
-        )
-        return cls(
-            layer.layer_number,
-            layer.input_layernorm.forward,
-            _Linear.of(attention.linear_qkv),
-            query_norm,
-            key_norm,
-            _Linear.of(attention.linear_proj),
-            attention.core_attention.softmax_scale,
-            layer.pre_mlp_layernorm.forward,
-            _Linear.of(mlp.linear_fc1),
-            _Linear.of(mlp.linear_fc2),
-        )
-
-
 class DenseProgram:
     """Dense decoder layers as plain calls of torch's functions.
 
@@ -178,16 +58,16 @@ class DenseProgram:
 
     def __init__(self, model: Any, max_length: int) -> None:
         self._model = model
-        self._layers = [_Layer.of(layer) for layer in model.decoder.layers]
+        self._layers = [DenseLayer.of(layer) for layer in model.decoder.layers]
         attention = model.decoder.layers[0].self_attention
         self._groups: int = attention.num_query_groups_per_partition
         self._size: int = attention.hidden_size_per_attention_head
         self._tensor_group = attention.pg_collection.tp
         self._is_split = self._tensor_group.size() > 1
         self._is_gated = bool(model.config.gated_linear_unit)
-        self._activation: Norm = model.config.activation_func
+        self._activation: TensorFunction = model.config.activation_func
         final_norm = getattr(model.decoder, "final_layernorm", None)
-        self._final_norm: Norm | None = None if final_norm is None else final_norm.forward
+        self._final_norm: TensorFunction | None = None if final_norm is None else final_norm.forward
         self._rotary: _Rotary | None = None
         if getattr(model, "rotary_pos_emb", None) is not None:
             self._rotary = _Rotary(model.rotary_pos_emb(max_length)[:, 0, 0], _dtype(model))
@@ -230,7 +110,7 @@ class DenseProgram:
         return gather_from_tensor_model_parallel_region(logits, group=self._tensor_group)
 
     def _attend(
-        self, layer: _Layer, hidden: torch.Tensor, view: CacheView, angles: _Angles | None
+        self, layer: DenseLayer, hidden: torch.Tensor, view: CacheView, angles: _Angles | None
     ) -> torch.Tensor:
         mixed = functional.linear(hidden, layer.qkv.weight, layer.qkv.bias)
         # For each group its query heads, its key and its value.
@@ -248,7 +128,7 @@ class DenseProgram:
         )
         return self._project(context, layer.projection)
 
-    def _apply_mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
+    def _apply_mlp(self, layer: DenseLayer, hidden: torch.Tensor) -> torch.Tensor:
         wide = functional.linear(hidden, layer.fc1.weight, layer.fc1.bias)
         if self._is_gated:
             gate, up = wide.chunk(2, -1)
@@ -257,7 +137,7 @@ class DenseProgram:
             wide = self._activation(wide)
         return self._project(wide, layer.fc2)
 
-    def _project(self, hidden: torch.Tensor, linear: _Linear) -> torch.Tensor:
+    def _project(self, hidden: torch.Tensor, linear: DenseLinear) -> torch.Tensor:
         """A product whose input is split over the tensor-parallel ranks."""
         if not self._is_split:
             return functional.linear(hidden, linear.weight, linear.bias)

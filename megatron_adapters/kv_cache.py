@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch.nn import functional
 
 from chatlearn.generation.contract import DecodeRows, PromptChunk, SlotCopy
+from megatron_adapters.packed_chunks import ChunkGroup, PackedChunks
 
-__all__ = ["CacheView", "ChunkGroup", "KVCache"]
+__all__ = ["CacheView", "KVCache"]
 
 
 class KVCache:
@@ -64,27 +64,6 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class ChunkGroup:
-    """Chunks of equal length that attend in one call: all at their prompt's beginning, or one.
-
-    Attributes:
-        first: place of the first token in the pass.
-        num_chunks: how many.
-        tokens: of each.
-        start: tokens that are in the slot before.
-        slot: of the one chunk; unused for chunks at the beginning.
-        mask: [tokens, start + tokens] bool, True where a token may look; None: causal.
-    """
-
-    first: int
-    num_chunks: int
-    tokens: int
-    start: int
-    slot: int
-    mask: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class CacheView:
     """What one forward pass reads and writes.
 
@@ -125,7 +104,7 @@ class CacheView:
     ) -> CacheView:
         """View of a pass."""
         num_rows = 0 if rows is None else rows.token_ids.shape[0]
-        packed = _PackedChunks.build(chunks, num_rows, device)
+        packed = PackedChunks.build(chunks, num_rows, device)
         longest, column, bias = 0, None, None
         if rows is None:
             token_ids, positions, slots = packed.token_ids, packed.positions, packed.slots
@@ -213,6 +192,13 @@ class CacheView:
             parts.append(_attend_chunks(group, query[at], key[at], value[at], keys, values, factor))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    @cached_property
+    def _product_bias(self) -> torch.Tensor | None:
+        """`bias` for each row and group, [rows * groups, 1, longest]."""
+        if self.bias is None:
+            return None
+        return self.bias[:, 0].repeat_interleave(self.cache.keys[0].shape[1], 0)
+
     def _write(self, cached: torch.Tensor, new: torch.Tensor) -> None:
         count = self.num_rows
         if self.column is not None:
@@ -238,11 +224,10 @@ class CacheView:
         # On a CPU plain products take about half the time of torch's kernel for one token.
         query = query.reshape(count * groups, heads, size)
         keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
-        if self.bias is None:
+        if self._product_bias is None:
             scores = torch.baddbmm(query.new_empty(()), query, keys, beta=0, alpha=scale)
         else:
-            bias = self.bias[:, 0].repeat_interleave(groups, 0)
-            scores = torch.baddbmm(bias, query, keys, alpha=scale)
+            scores = torch.baddbmm(self._product_bias, query, keys, alpha=scale)
         return torch.bmm(scores.softmax(-1), values).view(count, groups * heads * size)
 
 
@@ -251,64 +236,6 @@ def row_bias(positions: torch.Tensor, longest: int, dtype: torch.dtype) -> torch
     is_hidden = torch.arange(longest, device=positions.device) > positions[:, None]
     bias = torch.zeros(is_hidden.shape, dtype=dtype, device=positions.device)
     return bias.masked_fill_(is_hidden, float("-inf"))[:, None, None]
-
-
-@dataclass(frozen=True)
-class _PackedChunks:
-    """Chunks side by side, those that attend together next to each other.
-
-    `wanted` are the places of the last tokens of prompts, in the order in which the chunks came.
-    """
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    groups: tuple[ChunkGroup, ...]
-    wanted: list[int]
-
-    @classmethod
-    def build(
-        cls, chunks: Sequence[PromptChunk], first: int, device: torch.device
-    ) -> _PackedChunks:
-        empty = torch.empty(0, dtype=torch.int64, device=device)
-        if not chunks:
-            return cls(empty, empty, empty, (), [])
-        order = sorted(range(len(chunks)), key=lambda at: _kind(chunks[at]))
-        ordered = [chunks[at] for at in order]
-        groups, ends, at = list[ChunkGroup](), dict[int, int](), first
-        for (start, slot, tokens), members in groupby(ordered, _kind):
-            count, mask = len(list(members)), None
-            if start:
-                mask = torch.ones((tokens, start + tokens), dtype=torch.bool, device=device)
-                mask = mask.tril(start)
-            groups.append(ChunkGroup(at, count, tokens, start, slot, mask))
-            for _ in range(count):
-                at += tokens
-                ends[order[len(ends)]] = at - 1
-        lengths = torch.tensor([len(chunk.token_ids) for chunk in ordered])
-        slots = torch.tensor([chunk.slot for chunk in ordered]).repeat_interleave(lengths)
-        positions = torch.cat(
-            [torch.arange(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in ordered]
-        )
-        return cls(
-            torch.cat([chunk.token_ids for chunk in ordered]).to(device),
-            positions.to(device),
-            slots.to(device),
-            tuple(groups),
-            [ends[at] for at, chunk in enumerate(chunks) if chunk.is_last],
-        )
-
-
-class _Kind(NamedTuple):
-    """Equal for chunks that attend together."""
-
-    start: int
-    slot: int
-    tokens: int
-
-
-def _kind(chunk: PromptChunk) -> _Kind:
-    return _Kind(chunk.start, chunk.slot if chunk.start else 0, len(chunk.token_ids))
 
 
 def _attend_chunks(

@@ -141,6 +141,8 @@ class SlotSchedule:
         Args:
             logits: of the pass: of the sequences that decoded, then after each prompt that ended.
         """
+        if not self._joining:
+            return Joined([], [], logits)
         num_before = len(self.running)
         ended = iter(logits[num_before:] if logits is not None else ())
         parts = [logits[:num_before]] if logits is not None and num_before else []
