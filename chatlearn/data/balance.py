@@ -91,14 +91,17 @@ def cut_batch(
     """
     rows = [_Row.of(at, row_id, loads or {}) for at, row_id in enumerate(row_ids)]
     lanes = [sorted(lane.rows) for lane in _spread(rows, dp_size)]
-    tight = [_fill(lane, limits) for lane in lanes]
-    count = max(1, *map(len, tight))
+    pieces = [_cut_groups(_group(lane), limits) for lane in lanes]
+    tight = [_pack(own, _fewest(own, limits), limits) for own in pieces]
+    count = max(map(len, tight))
+    cuts: list[Sequence[_Bin]] = []
+    for lane, own, packed in zip(lanes, pieces, tight, strict=True):
+        even = packed if len(packed) == count else _pack(own, count, limits)
+        even = packed if len(even) > count else even
+        cuts.append(_prefer_runs(lane, even, count, limits))
     return tuple(
-        tuple(
-            tuple(row_ids[row.position] for row in part)
-            for part in _order(_level_out(lane, own, count, limits), count)
-        )
-        for lane, own in zip(lanes, tight, strict=True)
+        tuple(tuple(row_ids[row.position] for row in part) for part in _order(bins, count))
+        for bins in cuts
     )
 
 
@@ -138,7 +141,8 @@ class _Bin:
     def add(self, rows: Iterable[_Row]) -> None:
         """Take rows in."""
         for row in rows:
-            self.tokens += self.cost([row])
+            shared = 0 if row.prompt_key in self.prompts else row.prompt
+            self.tokens += row.response + shared
             self.prompts[row.prompt_key] += 1
             self.rows.append(row)
 
@@ -204,17 +208,29 @@ def _group(rows: Iterable[_Row]) -> list[list[_Row]]:
 
 
 def _largest_first(pieces: Iterable[list[_Row]]) -> list[list[_Row]]:
-    return sorted(pieces, key=lambda piece: (-_Bin().cost(piece), piece[0].position))
+    return sorted(pieces, key=lambda piece: (-_cost(piece), piece[0].position))
 
 
-def _cut_group(rows: Sequence[_Row], limits: Limits) -> list[list[_Row]]:
-    """Rows of one prompt in as many pieces as the limits demand."""
-    pieces: list[_Bin] = []
-    for row in rows:
-        if not pieces or not pieces[-1].fits([row], limits):
-            pieces.append(_Bin())
-        pieces[-1].add([row])
-    return [piece.rows for piece in pieces]
+def _cost(rows: Sequence[_Row]) -> int:
+    """Tokens of rows of one prompt by themselves."""
+    return rows[0].prompt + sum(row.response for row in rows)
+
+
+def _cut_groups(groups: Iterable[Sequence[_Row]], limits: Limits) -> list[list[_Row]]:
+    """Rows of each prompt in as many pieces as the limits demand, the largest first."""
+    pieces: list[list[_Row]] = []
+    for group in groups:
+        if _is_within(len(group), _cost(group), limits):
+            pieces.append(list(group))
+            continue
+        current = _Bin()
+        for row in group:
+            if not current.fits([row], limits):
+                pieces.append(current.rows)
+                current = _Bin()
+            current.add([row])
+        pieces.append(current.rows)
+    return _largest_first(pieces)
 
 
 def _spread(rows: Sequence[_Row], num_lanes: int) -> list[_Bin]:
@@ -223,15 +239,8 @@ def _spread(rows: Sequence[_Row], num_lanes: int) -> list[_Bin]:
     if num_lanes == 1 or not rows:
         return plain
     groups = _group(rows)
-    share = -(-sum(_Bin().cost(group) for group in groups) // num_lanes)
-    limits = Limits(tokens=share)
-    pieces = [piece for group in groups for piece in _cut_group(group, limits)]
-    lanes = [_Bin() for _ in range(num_lanes)]
-    emptiest = [(0, at) for at in range(num_lanes)]
-    for piece in _largest_first(pieces):
-        _, at = heapq.heappop(emptiest)
-        lanes[at].add(piece)
-        heapq.heappush(emptiest, (lanes[at].tokens, at))
+    share = -(-sum(map(_cost, groups)) // num_lanes)
+    lanes = _pack(_cut_groups(groups, Limits(tokens=share)), num_lanes, Limits())
     _move_rows(lanes, len(rows))
     # Lanes work side by side: the fullest decides.
     return min(plain, lanes, key=lambda bins: (_fullest(bins), _total(bins)))
@@ -255,41 +264,52 @@ def _move_rows(lanes: Sequence[_Bin], most_moves: int) -> None:
         empty.add([row])
 
 
-def _fill(rows: Sequence[_Row], limits: Limits) -> list[_Bin]:
-    """As few micro-batches as first fit, the largest first, finds."""
-    bins: list[_Bin] = []
-    pieces = [piece for group in _group(rows) for piece in _cut_group(group, limits)]
-    for piece in _largest_first(pieces):
-        found = next((each for each in bins if each.fits(piece, limits)), None)
-        if found is None:
-            bins.append(found := _Bin())
-        found.add(piece)
-    return bins
+def _fewest(pieces: Sequence[Sequence[_Row]], limits: Limits) -> int:
+    """No fewer micro-batches can hold these."""
+    by_rows = by_tokens = 1
+    if limits.rows is not None:
+        by_rows = -(-sum(map(len, pieces)) // limits.rows)
+    if limits.tokens is not None:
+        # A row that is longer is one micro-batch. Pieces of one prompt may come together again.
+        tokens = sum(min(_cost(piece), limits.tokens) for piece in pieces)
+        by_tokens = -(-tokens // limits.tokens)
+    return max(1, by_rows, min(by_tokens, len(pieces)))
 
 
-def _level_out(
-    rows: Sequence[_Row], tight: Sequence[_Bin], count: int, limits: Limits
-) -> Sequence[_Bin]:
-    """The same rows over `count` micro-batches, as even as they come; `tight` is a valid cut."""
-    even = _try_even(rows, count, limits)
-    plain = _runs(rows, count)
-    found = [tight if even is None else even]
-    if all(each.is_within(limits) for each in plain):
-        found.insert(0, plain)
-    # A lane's micro-batches follow each other: the sum decides.
-    return min(found, key=lambda bins: (_total(bins), _fullest(bins)))
-
-
-def _try_even(rows: Sequence[_Row], count: int, limits: Limits) -> list[_Bin] | None:
-    """The largest prompts first, each to the emptiest bin that takes it; None: one had none."""
+def _pack(pieces: Iterable[Sequence[_Row]], count: int, limits: Limits) -> list[_Bin]:
+    """Each piece to the emptiest of `count` bins that takes it, or to a new one."""
     bins = [_Bin() for _ in range(count)]
-    pieces = [piece for group in _group(rows) for piece in _cut_group(group, limits)]
-    for piece in _largest_first(pieces):
-        open_bins = [each for each in bins if each.fits(piece, limits)]
-        if not open_bins:
-            return None
-        min(open_bins, key=lambda each: each.tokens + each.cost(piece)).add(piece)
+    emptiest = [(0, at) for at in range(count)]
+    for piece in pieces:
+        refused: list[tuple[int, int]] = []
+        chosen = len(bins)
+        while emptiest:
+            tokens, at = heapq.heappop(emptiest)
+            if bins[at].fits(piece, limits):
+                chosen = at
+                break
+            refused.append((tokens, at))
+            if limits.tokens is not None and tokens + _cost(piece) > limits.tokens:
+                break
+        if chosen == len(bins):
+            bins.append(_Bin())
+        bins[chosen].add(piece)
+        for tokens, at in (*refused, (bins[chosen].tokens, chosen)):
+            # A bin that is full of rows takes nothing more.
+            if limits.rows is None or len(bins[at].rows) < limits.rows:
+                heapq.heappush(emptiest, (tokens, at))
     return bins
+
+
+def _prefer_runs(
+    rows: Sequence[_Row], even: Sequence[_Bin], count: int, limits: Limits
+) -> Sequence[_Bin]:
+    """Runs of the rows' own order instead of `even`, where they are valid and cost no more."""
+    plain = _runs(rows, count)
+    if not all(each.is_within(limits) for each in plain):
+        return even
+    # A lane's micro-batches follow each other: the sum decides.
+    return min(plain, even, key=lambda bins: (_total(bins), _fullest(bins)))
 
 
 def _order(bins: Iterable[_Bin], count: int) -> list[list[_Row]]:
