@@ -88,6 +88,9 @@ def test_a_profile_shows_the_kernels_of_every_stage_of_one_episode(backend, requ
     assert {path.name for path in folder.iterdir()} == {"summary.txt", *names}
     span = spans(result, "train_step")[1]
     trace = json.loads((folder / "trainer.0.json").read_text())["traceEvents"]
+    for metrics in result.metrics:
+        assert 0.0 < metrics["time/critical_path"] <= metrics["time/episode"]
+        assert 0.0 <= metrics["engine_overhead"] < 1.0
     (kernel,) = [event for event in trace if event.get("name") == "aten::exp"]
     # Of the second episode, on the clock of the timeline.
     assert span["ts"] - 1e3 <= kernel["ts"] <= span["ts"] + span["dur"] + 1e3
