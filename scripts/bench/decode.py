@@ -7,6 +7,7 @@ a bare decode loop in torch. A measurement with company is worthless: run it alo
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -121,4 +122,6 @@ def _compare(given: argparse.Namespace, dtypes: Sequence[str], *, is_variable: b
 
 
 if __name__ == "__main__":
+    # Without this a SIGTERM would leave the sides behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

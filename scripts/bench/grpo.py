@@ -9,6 +9,7 @@ worthless: run it alone on the machine.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -205,4 +206,6 @@ def _mean_tokens(reports: Sequence[Mapping[str, Any]]) -> float:
 
 
 if __name__ == "__main__":
+    # Without this a SIGTERM would leave the sides behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

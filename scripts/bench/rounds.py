@@ -73,6 +73,7 @@ class Side:
 
     def __init__(self, spec: SideSpec, folder: Path) -> None:
         self.name = spec.name
+        self._is_working = False
         self._log = folder / "log.txt"
         address = str(folder / "gate")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
@@ -97,21 +98,18 @@ class Side:
         Raises:
             BenchError: it died, or said nothing for half an hour.
         """
-        self.begin(order)
-        return self.finish()
-
-    def begin(self, order: Mapping[str, Any]) -> None:
-        """Let it begin to work."""
-        self._socket.sendall(json.dumps(dict(order)).encode() + b"\n")
-
-    def finish(self) -> dict[str, Any]:
-        """Wait for its report."""
-        return self._read()
+        self._is_working = True
+        self._send(order)
+        report = self._read()
+        self._is_working = False
+        return report
 
     def close(self) -> None:
-        """Let it end; it is killed if it does not."""
+        """Let it end; it is killed if it does not, or if it is in the middle of a round."""
         try:
-            self.begin({"stop": True})
+            if self._is_working:
+                raise subprocess.TimeoutExpired("its round", 0.0)
+            self._send({"stop": True})
             self._process.wait(_END_S)
         except (OSError, subprocess.TimeoutExpired):
             self._kill()
@@ -151,6 +149,9 @@ class Side:
             except TimeoutError:
                 continue
         raise self._failure("was not ready in time")
+
+    def _send(self, order: Mapping[str, Any]) -> None:
+        self._socket.sendall(json.dumps(dict(order)).encode() + b"\n")
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -8,6 +8,7 @@ measurement with company is worthless: run it alone on the machine.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -141,4 +142,6 @@ def _measure_mfu(given: argparse.Namespace) -> Measure:
 
 
 if __name__ == "__main__":
+    # Without this a SIGTERM would leave the sides behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import threading
@@ -14,6 +16,7 @@ from scripts.bench.sides.gate import Gate, StepGate
 
 SIDE = """
 import sys
+import time
 from scripts.bench.sides.gate import Gate, parse_side_arguments, serve_work
 
 given = parse_side_arguments()
@@ -22,6 +25,7 @@ if given.options.get("fails"):
 
 
 def work(order):
+    time.sleep(order.get("sleep_s", 0))
     if "die" in order:
         sys.exit("dead now")
     return {"twice": 2 * order["number"]}
@@ -115,3 +119,17 @@ def test_a_driver_that_is_gone_ends_the_process(tmp_path):
         server.accept()[0].close()
     with pytest.raises(SystemExit, match="the benchmark is gone"):
         gate.ask({"seconds": 1.0})
+
+
+def test_a_side_in_the_middle_of_a_round_is_ended(python):
+    started = []
+
+    def interrupt_a_round():
+        with start_sides([SideSpec("a", "any", {}, python)]) as sides:
+            started.append(sides[0]._process)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            sides[0].run({"number": 1, "sleep_s": 60})
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_a_round()
+    assert started[0].returncode == -signal.SIGTERM
