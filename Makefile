@@ -3,8 +3,9 @@ SHELL := bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PEERS_VENV := .venv-bench
+VENV_BENCH ?= .venv-bench
 TORCH_CPU ?= torch==2.13.0
+export VENV_BENCH
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long check bench-setup bench bench-docs format docs clean
@@ -37,12 +38,12 @@ check: setup ## Lint, types, layers
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/pyright
 
-bench-setup: $(PEERS_VENV)/.ready ## Build .venv-bench with the peers: TRL and transformers
+bench-setup: $(VENV_BENCH)/.ready ## Build .venv-bench with the peers: TRL and transformers
 
-$(PEERS_VENV)/.ready: scripts/bench/peers.txt
-	@[ -x $(PEERS_VENV)/bin/python ] || $(PYTHON) -m venv $(PEERS_VENV)
-	@$(PEERS_VENV)/bin/python -m pip install --quiet $(TORCH_CPU)
-	@$(PEERS_VENV)/bin/python -m pip install --quiet --requirement scripts/bench/peers.txt
+$(VENV_BENCH)/.ready: scripts/bench/peers.txt
+	@[ -x $(VENV_BENCH)/bin/python ] || $(PYTHON) -m venv $(VENV_BENCH)
+	@$(VENV_BENCH)/bin/python -m pip install --quiet $(TORCH_CPU)
+	@$(VENV_BENCH)/bin/python -m pip install --quiet --requirement scripts/bench/peers.txt
 	@touch $@
 
 bench: setup bench-setup ## Run the benchmarks of scripts/bench/ one by one, alone on the machine (ARGS)
