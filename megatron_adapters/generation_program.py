@@ -129,6 +129,13 @@ class DenseProgram:
         return self._project(context, layer.projection)
 
     def _apply_mlp(self, layer: DenseLayer, hidden: torch.Tensor) -> torch.Tensor:
+        if self._is_gated and hidden.dtype == torch.float32 and hidden.device.type == "cpu":
+            # A column for each token: both halves lie in one piece, and the product is faster.
+            wide = torch.mm(layer.fc1.weight, hidden.t())
+            if layer.fc1.bias is not None:
+                wide += layer.fc1.bias[:, None]
+            gate, up = wide.chunk(2)
+            return self._project(self._activation(gate).mul_(up).t(), layer.fc2)
         wide = functional.linear(hidden, layer.fc1.weight, layer.fc1.bias)
         if self._is_gated:
             gate, up = wide.chunk(2, -1)
