@@ -61,19 +61,28 @@ def train_on_samples(
             trainer.prepare(nodes, [samples.batch(at) for at in range(samples.num_batches)])
     for index in range(samples.num_batches):
         session.loop.run_until(lambda index=index: samples.has_batch(index))
-        trainer.train(samples.batch(index))
+        trainer.start(samples.batch(index))
+        if index + 1 < samples.num_batches and samples.has_batch(index + 1):
+            trainer.plan(samples.batch(index + 1))
+        trainer.finish()
     rollout.finish()
     for epoch in range(1, runtime.num_training_epoch):
         batches = samples.later_epoch(
             epoch, mode=runtime.training_shuffle_mode, seed=runtime.seed, episode=iteration
         )
-        for batch in batches:
-            trainer.train(cast("Batch", batch))
+        for index, batch in enumerate(batches):
+            trainer.start(cast("Batch", batch))
+            for following in batches[index + 1 : index + 2]:
+                trainer.plan(cast("Batch", following))
+            trainer.finish()
     return TrainingRecords(tuple(trainer.records), trainer.iteration - iteration)
 
 
 class _EpisodeTrainer:
-    """Runs the trainer flow over one global batch after another."""
+    """Runs the trainer flow over one global batch after another.
+
+    While one is trained on, the next can be planned.
+    """
 
     def __init__(
         self, session: Session, graph: FlowGraph, iteration: int, num_batches: int
@@ -83,11 +92,31 @@ class _EpisodeTrainer:
         self.iteration = iteration
         self.num_batches = num_batches
         self.records: list[StageRecord] = []
+        self._run: FlowRun | None = None
+        self._planned: tuple[Batch, FlowRun] | None = None
 
-    def train(self, batch: Batch) -> None:
-        """One update of every trainer."""
-        self.session.run_flow(self._flow_run(batch, self.iteration))
-        self.iteration += 1
+    def start(self, batch: Batch) -> None:
+        """Begin one update of every trainer."""
+        planned, self._planned = self._planned, None
+        if planned is not None and tuple(planned[0]) == tuple(batch):
+            run = planned[1]
+        else:
+            run = self._flow_run(batch, self.iteration)
+        run.pump()
+        self._run = run
+
+    def plan(self, batch: Batch) -> None:
+        """Cut the batch that comes next while workers are busy with this one."""
+        run = self._flow_run(batch, self.iteration + 1)
+        run.plan_training()
+        self._planned = (batch, run)
+
+    def finish(self) -> None:
+        """Wait for the update that was begun."""
+        if self._run is not None:
+            self.session.run_flow(self._run)
+            self._run = None
+            self.iteration += 1
 
     @property
     def may_prepare(self) -> bool:

@@ -138,6 +138,7 @@ class FlowRun:
         self._samples_per_prompt = max(Counter(row.prompt for row in rows).values(), default=1)
         self._queues = [self._build_queue(node) for node in graph.nodes]
         self._returned = graph.returned_nodes()
+        self._planned: dict[int, tuple[TrainCall, ...]] = {}
         self._outputs_missing = dict.fromkeys(rows, len(graph.outputs))
 
     @property
@@ -158,6 +159,12 @@ class FlowRun:
                 self._dispatch_training(node, queue)
             else:
                 self._dispatch_micro_batches(node, queue)
+
+    def plan_training(self) -> None:
+        """Cut the rows for training calls that take the raw batch, before it is their turn."""
+        for node in self._graph.nodes:
+            if node.method_name == TRAIN_METHOD and set(node.inputs) == {ROOT}:
+                self._planned[node.index] = self.train_calls(node, tuple(self._rows))
 
     def _build_queue(self, node: FlowNode) -> NodeQueue:
         num_lanes = len(self._pool.lanes(node.model_name))
@@ -217,7 +224,8 @@ class FlowRun:
             return
         row_ids = queue.take()
         waiting = len(lanes)
-        for lane, call in zip(lanes, self.train_calls(node, row_ids), strict=True):
+        planned = self._planned.pop(node.index, None) or self.train_calls(node, row_ids)
+        for lane, call in zip(lanes, planned, strict=True):
             calls = lane.group.call(run_train, call, ranks=lane.ranks, flow_line=node.line)
             output_call = calls[lane.ranks.index(lane.output_rank)]
 

@@ -335,3 +335,20 @@ def test_a_trainer_knows_how_many_updates_its_episode_has():
     run, loop, _, _ = build_run(flow, {once: (1, ONE), twice: (1, ONE)}, rows=2, num_batches=3)
     loop.run_until(lambda: run.is_done)
     assert (once.num_updates, twice.num_updates) == (3, 6)
+
+
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_planning_training_ahead_changes_nothing(is_planned):
+    module = Tagger("a")
+    run, loop, _, _ = build_run(
+        module.train_step,
+        {module: (1, ParallelLayout(dp_size=2))},
+        rows=5,
+        train_limits=Limits(rows=2),
+        iteration=2,
+    )
+    if is_planned:
+        run.plan_training()
+    loop.run_until(lambda: run.is_done)
+    lanes = sorted([[r.prompt for r in part] for part in parts] for parts, _, _ in module.batches)
+    assert lanes == [[[0, 1], [2]], [[3], [4]]]
