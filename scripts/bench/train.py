@@ -95,7 +95,8 @@ def _compare(given: argparse.Namespace, part: str) -> Measure:
             say(f"train_{part}: both sides are up")
             warn_of_company()
             num_parameters = check_equal_parameters(sides)
-            found = alternate(sides, {}, num_rounds=given.rounds, warmup={})
+            order = {"warm": 1, "pieces": 2}
+            found = alternate(sides, order, num_rounds=given.rounds, warmup={})
     rates = {side: compute_rates(reports, "tokens") for side, reports in found.items()}
     details = {
         "ours": statistics.median(rates[_OURS]),

@@ -118,7 +118,10 @@ class StepGate:
 def serve_work(
     gate: Gate, work: Callable[[dict[str, Any]], dict[str, float]], hello: dict[str, Any]
 ) -> None:
-    """Do and time one piece of work for each order, until the driver says `stop`.
+    """Do and time the work of each order, until the driver says `stop`.
+
+    An order may ask for `pieces` of work (1) after `warm` ones (0) that are not timed: while a side
+    waits for its turn, its caches go cold and the machine may reclaim its idle memory.
 
     Args:
         gate: to the driver.
@@ -127,7 +130,12 @@ def serve_work(
     """
     order = gate.ask(hello)
     while STOP not in order:
+        for _ in range(order.get("warm", 0)):
+            work(order)
         start_s = time.perf_counter()
-        amounts = work(order)
+        amounts: dict[str, float] = {}
+        for _ in range(order.get("pieces", 1)):
+            for name, amount in work(order).items():
+                amounts[name] = amounts.get(name, 0.0) + amount
         order = gate.ask({"seconds": time.perf_counter() - start_s, "amounts": amounts})
     gate.close()
