@@ -1,13 +1,14 @@
 # pyright: standard, reportPrivateImportUsage=false
 """The attention core on torch's fused kernel, for training, scoring and generation."""
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_adapters.attention_plan import AttentionBlock, AttentionPlan
+from megatron_adapters.attention_plan import AttentionPlan
 from megatron_adapters.fused import rotate
 from megatron_adapters.kv_cache import CacheView
 
@@ -168,9 +169,13 @@ def attend(
         [tokens, 1, heads * size].
     """
     outputs: list[torch.Tensor] = []
-    for block in plan.blocks:
-        queries = _take(query, block, block.queries)
-        keys, values = _take(key, block, block.keys), _take(value, block, block.keys)
+    parts = zip(
+        _take(query, plan, plan.queries, [block.num_queries for block in plan.blocks]),
+        _take(key, plan, plan.keys, [block.num_keys for block in plan.blocks]),
+        _take(value, plan, plan.keys, [block.num_keys for block in plan.blocks]),
+        strict=True,
+    )
+    for block, (queries, keys, values) in zip(plan.blocks, parts, strict=True):
         mask = block.window_mask if is_windowed else block.mask
         context = functional.scaled_dot_product_attention(
             queries,
@@ -192,15 +197,28 @@ def attend(
     return flat.view(-1, 1, heads * size)
 
 
-def _take(heads: torch.Tensor, block: AttentionBlock, indices: torch.Tensor | None) -> torch.Tensor:
-    """A block's part of [tokens, 1, heads, size] as [batch, heads, tokens of each, size]."""
+def _take(
+    heads: torch.Tensor, plan: AttentionPlan, indices: torch.Tensor | None, lengths: Sequence[int]
+) -> list[torch.Tensor]:
+    """[tokens, 1, heads, size] as [batch, heads, tokens of each, size] for each block.
+
+    What has to be gathered is gathered for all blocks at once: its gradient is one pass, too.
+    """
     count, size = heads.shape[-2:]
-    if block.first is not None:
-        stop = block.first + block.batch * block.num_queries
-        return heads[block.first : stop].view(block.batch, -1, count, size).transpose(1, 2)
-    # The gradient of an embedding adds up rows that are taken more than once, and does so fast.
-    taken = functional.embedding(cast("torch.Tensor", indices), heads.reshape(-1, count * size))
-    return taken.view(block.batch, -1, count, size).transpose(1, 2)
+    flat = heads.reshape(-1, count * size)
+    sizes = [block.batch * n for block, n in zip(plan.blocks, lengths, strict=True)]
+    if indices is not None:
+        # The gradient of an embedding adds up rows that are taken more than once, and does so fast.
+        parts = functional.embedding(indices, flat).split(sizes)
+    else:
+        parts = [
+            flat.narrow(0, block.first or 0, size)
+            for block, size in zip(plan.blocks, sizes, strict=True)
+        ]
+    return [
+        part.view(block.batch, -1, count, size).transpose(1, 2)
+        for block, part in zip(plan.blocks, parts, strict=True)
+    ]
 
 
 def _gather_keys(

@@ -54,10 +54,9 @@ class AttentionBlock:
     Attributes:
         batch: sequences.
         num_queries: queries of each, padded to the longest.
-        first: where the queries and keys lie one after another, unpadded, in the stream; None:
-            `queries` and `keys` say where each lies.
-        queries: [batch, num_queries] int64, indices into this rank's tokens.
-        keys: [batch, num_keys] int64, indices into the tokens of all context-parallel ranks.
+        num_keys: keys of each, padded to the longest.
+        first: where the queries and keys lie one after another, unpadded, in the stream; None: the
+            plan's `queries` and `keys` say where.
         mask: [batch, 1, num_queries, num_keys], 0 where a query may look and -inf elsewhere; None:
             causal.
         window_mask: the same for layers with a sliding window; None where no layer has one.
@@ -65,9 +64,8 @@ class AttentionBlock:
 
     batch: int
     num_queries: int
+    num_keys: int
     first: int | None = None
-    queries: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     window_mask: torch.Tensor | None = None
 
@@ -78,6 +76,9 @@ class AttentionPlan:
 
     Attributes:
         blocks: the kernel calls.
+        queries: [queries of all blocks] int64, one block after another, indices into this rank's
+            tokens; None: each block lies in the stream as it is.
+        keys: [keys of all blocks] int64, indices into the tokens of all context-parallel ranks.
         restore: [tokens] int64, where each of this rank's tokens lies in the blocks' outputs one
             after another; None: they are in order.
         cos: [tokens, 1, 1, angles] of this rank's positions; None without rotary positions.
@@ -87,6 +88,8 @@ class AttentionPlan:
     """
 
     blocks: tuple[AttentionBlock, ...]
+    queries: torch.Tensor | None
+    keys: torch.Tensor | None
     restore: torch.Tensor | None
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
@@ -142,11 +145,15 @@ def plan_attention(
     groups = [*_bucket(causal, is_masked=False), *_bucket(masked, is_masked=True)]
     # The keys of several ranks are gathered in the order of the ranks.
     places = None if local is None else torch.argsort(torch.cat(list(parts)))
-    blocks = [_build_block(group, window, places) for group in groups]
+    # All or none: the gradient of one gather is one pass, that of many views is many.
+    can_view = window is None and places is None and all(map(_is_contiguous, groups))
+    indices = [] if can_view else [_gather(group, places) for group in groups]
+    queries = torch.cat([some.queries for some in indices]).to(device) if indices else None
+    keys = torch.cat([some.keys for some in indices]).to(device) if indices else None
+    blocks = [_build_block(group, window, dtype, device, can_view=can_view) for group in groups]
     restore = _restore(groups, num_tokens if local is None else len(local))
     return AttentionPlan(
-        tuple(_finish(block, dtype, device) for block in blocks),
-        None if restore is None else restore.to(device),
+        tuple(blocks), queries, keys, None if restore is None else restore.to(device)
     )
 
 
@@ -216,23 +223,24 @@ def _bucket(pieces: Sequence[_Piece], *, is_masked: bool) -> list[list[_Piece]]:
 
 def _fits(piece: _Piece, bucket: Sequence[_Piece], *, is_masked: bool) -> bool:
     first = bucket[0]
-    most = max(p.num_queries for p in bucket) if is_masked else first.num_queries
+    most = _most_queries(bucket) if is_masked else first.num_queries
     if piece.num_keys < _LEAST_FILL * first.num_keys or piece.num_queries < _LEAST_FILL * most:
         return False
     elements = (len(bucket) + 1) * max(most, piece.num_queries) * first.num_keys
     return not is_masked or elements <= _MOST_MASK_ELEMENTS
 
 
-def _build_block(
-    bucket: Sequence[_Piece], window: int | None, places: torch.Tensor | None
-) -> AttentionBlock:
-    num_queries = max(piece.num_queries for piece in bucket)
-    num_keys = max(piece.num_keys for piece in bucket)
-    is_causal = window is None and all(p.segment.prefix is None and p.low == 0 for p in bucket)
-    if is_causal and places is None and _is_contiguous(bucket):
-        return AttentionBlock(len(bucket), num_queries, first=bucket[0].start)
-    queries = torch.zeros((len(bucket), num_queries), dtype=torch.int64)
-    keys = torch.zeros((len(bucket), num_keys), dtype=torch.int64)
+@dataclass(frozen=True)
+class _Indices:
+    """Where the queries and keys of a block lie, flattened; what fills up lies at 0."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+
+def _gather(bucket: Sequence[_Piece], places: torch.Tensor | None) -> _Indices:
+    queries = torch.zeros((len(bucket), _most_queries(bucket)), dtype=torch.int64)
+    keys = torch.zeros((len(bucket), _most_keys(bucket)), dtype=torch.int64)
     for row, piece in enumerate(bucket):
         stop = piece.start + piece.num_queries
         queries[row, : piece.num_queries] = torch.arange(piece.start, stop)
@@ -241,18 +249,35 @@ def _build_block(
             keys[row, :before] = torch.arange(prefix.start, prefix.start + before)
         start = piece.segment.start
         keys[row, before : before + piece.high] = torch.arange(start, start + piece.high)
-    if places is not None:
-        keys = places[keys]
-    if is_causal:
-        return AttentionBlock(len(bucket), num_queries, queries=queries, keys=keys)
+    return _Indices(queries.flatten(), (keys if places is None else places[keys]).flatten())
+
+
+def _build_block(
+    bucket: Sequence[_Piece],
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    *,
+    can_view: bool,
+) -> AttentionBlock:
+    num_queries, num_keys = _most_queries(bucket), _most_keys(bucket)
+    if window is None and all(p.segment.prefix is None and p.low == 0 for p in bucket):
+        first = bucket[0].start if can_view else None
+        return AttentionBlock(len(bucket), num_queries, num_keys, first)
     distance = _distances(bucket, num_queries, num_keys)
-    mask = distance >= 0
-    # A query that fills up looks at the first key, so that its softmax is defined.
-    windowed = None if window is None else _see_first(mask & (distance <= window))
-    mask = _see_first(mask)
-    return AttentionBlock(
-        len(bucket), num_queries, queries=queries, keys=keys, mask=mask, window_mask=windowed
-    )
+    mask = _to_scores(distance >= 0, dtype, device)
+    windowed = None
+    if window is not None:
+        windowed = _to_scores((distance >= 0) & (distance <= window), dtype, device)
+    return AttentionBlock(len(bucket), num_queries, num_keys, None, mask, windowed)
+
+
+def _most_queries(bucket: Sequence[_Piece]) -> int:
+    return max(piece.num_queries for piece in bucket)
+
+
+def _most_keys(bucket: Sequence[_Piece]) -> int:
+    return max(piece.num_keys for piece in bucket)
 
 
 def _distances(bucket: Sequence[_Piece], num_queries: int, num_keys: int) -> torch.Tensor:
@@ -264,18 +289,21 @@ def _distances(bucket: Sequence[_Piece], num_queries: int, num_keys: int) -> tor
     return (positions[:, :, None] - torch.arange(num_keys))[:, None]
 
 
-def _see_first(mask: torch.Tensor) -> torch.Tensor:
-    blind = ~mask.any(dim=-1)
-    mask = mask.clone()
-    mask[..., 0] |= blind
-    return mask
+def _to_scores(mask: torch.Tensor, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    """What is added to the scores: no layer has to convert the mask.
+
+    A query that fills up looks at the first key, so that its softmax is defined.
+    """
+    mask[..., 0] |= ~mask.any(dim=-1)
+    added = torch.zeros(mask.shape, dtype=dtype, device=device)
+    return added.masked_fill_(~mask.to(device), float("-inf"))
 
 
 def _is_contiguous(bucket: Sequence[_Piece]) -> bool:
-    """Whether equally long pieces lie one after another, here and among all ranks' tokens."""
+    """Whether equally long whole rows lie one after another."""
     length = bucket[0].num_queries
     return all(
-        piece.num_queries == length
+        piece.num_queries == piece.num_keys == length
         and piece.start == piece.segment.start == bucket[0].start + at * length
         for at, piece in enumerate(bucket)
     )
@@ -285,7 +313,7 @@ def _restore(groups: Sequence[Sequence[_Piece]], num_local: int) -> torch.Tensor
     restore = torch.zeros(num_local, dtype=torch.int64)
     offset = 0
     for group in groups:
-        num_queries = max(piece.num_queries for piece in group)
+        num_queries = _most_queries(group)
         for row, piece in enumerate(group):
             begin = offset + row * num_queries
             restore[piece.start : piece.start + piece.num_queries] = torch.arange(
@@ -294,18 +322,3 @@ def _restore(groups: Sequence[Sequence[_Piece]], num_local: int) -> torch.Tensor
         offset += len(group) * num_queries
     is_ordered = offset == num_local and bool((restore == torch.arange(num_local)).all())
     return None if is_ordered else restore
-
-
-def _finish(
-    block: AttentionBlock, dtype: torch.dtype, device: torch.device | None
-) -> AttentionBlock:
-    """Indices on the device, and masks as what is added to the scores: no layer converts them."""
-    masks: list[torch.Tensor | None] = []
-    for mask in (block.mask, block.window_mask):
-        added = None
-        if mask is not None:
-            added = torch.zeros(mask.shape, dtype=dtype, device=device)
-            added.masked_fill_(~mask.to(device), float("-inf"))
-        masks.append(added)
-    indices = [None if t is None else t.to(device) for t in (block.queries, block.keys)]
-    return AttentionBlock(block.batch, block.num_queries, block.first, *indices, *masks)
