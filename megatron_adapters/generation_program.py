@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from megatron_adapters.dense_layers import DenseLayer, DenseLinear, TensorFunction, is_dense
 from megatron_adapters.kv_cache import CacheView
+from megatron_adapters.rotary import build_doubled_angles
 
 __all__ = ["DenseProgram", "ModuleProgram", "StageProgram", "build_program"]
 
@@ -70,7 +71,8 @@ class DenseProgram:
         self._final_norm: TensorFunction | None = None if final_norm is None else final_norm.forward
         self._rotary: _Rotary | None = None
         if getattr(model, "rotary_pos_emb", None) is not None:
-            self._rotary = _Rotary(model.rotary_pos_emb(max_length)[:, 0, 0], _dtype(model))
+            angles = build_doubled_angles(model.rotary_pos_emb, max_length, is_interleaved=False)
+            self._rotary = _Rotary(angles, _dtype(model))
 
     def embed(self, view: CacheView) -> torch.Tensor:
         """See `StageProgram.embed`."""
@@ -163,8 +165,11 @@ class ModuleProgram:
 
     def __init__(self, model: Any, max_length: int) -> None:
         self._model = model
-        self._max_length = max_length
-        self._rotary = getattr(model, "rotary_pos_emb", None)
+        self._angles: torch.Tensor | None = None
+        if getattr(model, "rotary_pos_emb", None) is not None:
+            self._angles = build_doubled_angles(
+                model.rotary_pos_emb, max_length, is_interleaved=model.config.rotary_interleaved
+            )
 
     def embed(self, view: CacheView) -> torch.Tensor:
         """See `StageProgram.embed`."""
@@ -178,8 +183,8 @@ class ModuleProgram:
         decoder = self._model.decoder
         decoder.set_input_tensor(hidden[:, None])
         rotary = None
-        if self._rotary is not None:
-            rotary = self._rotary(self._max_length)[view.positions]
+        if self._angles is not None:
+            rotary = self._angles[view.positions][:, None, None]
         hidden = decoder(hidden_states=hidden[:, None], attention_mask=view, rotary_pos_emb=rotary)
         return hidden[:, 0]
 

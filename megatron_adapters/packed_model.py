@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_adapters.attention_plan import AttentionPlan
 from megatron_adapters.packing import PackedBatch
+from megatron_adapters.rotary import build_angles
 from megatron_adapters.vocab_parallel import score_tokens
 
 __all__ = ["PackedModel", "ScalarHead"]
@@ -102,7 +103,7 @@ class PackedModel(GPTModel):
             return batch.plan
         table = self._angles
         if table is None:
-            table = rotary.get_freqs_non_repeated(self.max_sequence_length).float()
+            table = build_angles(rotary, self.max_sequence_length)
             self._angles = table
         angles = table[batch.position_ids[0]][:, None, None]
         return replace(batch.plan, cos=angles.cos(), sin=angles.sin())

@@ -140,8 +140,13 @@ def pack_micro_batches(
     """Pack micro-batches, some of which may have few rows or none.
 
     Raises:
-        DataError: a row does not fit the model's context.
+        DataError: a row does not fit the model's context, or its prompt is empty.
     """
+    if any(len(prompt) == 0 for rows in micro_batches for prompt in rows.prompts):
+        raise DataError(
+            "a row has an empty prompt: nothing predicts its first response token; give each "
+            "prompt at least one token, such as the tokenizer's begin token"
+        )
     longest = max((rows.longest for rows in micro_batches), default=0)
     if longest > options.max_length:
         raise DataError(

@@ -81,5 +81,16 @@ def _run_in_world(path, rank, world_size, function, args):
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        # Models hold their groups in reference cycles; each group left keeps threads that wake up.
-        gc.collect()
+        _let_go()
+
+
+def _let_go() -> None:
+    """Free the models: they hold their groups, and each group has threads that wake up.
+
+    Megatron's gradient hooks close cycles through autograd's nodes, which the collector cannot see.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for found in [o for o in gc.get_objects() if type(o) is DistributedDataParallel]:
+        found.grad_accs.clear()
+    gc.collect()
