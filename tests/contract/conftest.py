@@ -3,7 +3,7 @@ import os
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ranks(tmp_path_factory):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from ranks import RankPool

@@ -8,11 +8,13 @@ from __future__ import annotations
 import gc
 import itertools
 import multiprocessing
+import os
 import traceback
 from datetime import timedelta
 from pathlib import Path
 
 _TIMEOUT_S = 120
+_MOST_THREADS = 250
 
 
 class RankPool:
@@ -20,16 +22,30 @@ class RankPool:
 
     def __init__(self, size: int, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
+        self._context = context
         self._folder = folder
         self._numbers = itertools.count()
-        self._ends = []
-        self._processes = []
+        self._ends = [None] * size
+        self._processes = [None] * size
         for rank in range(size):
-            own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, other), daemon=True)
-            process.start()
-            self._ends.append(own)
-            self._processes.append(process)
+            self._start(rank)
+
+    def _start(self, rank) -> None:
+        own, other = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(rank, other), daemon=True)
+        process.start()
+        self._ends[rank], self._processes[rank] = own, process
+
+    def _replace_crowded(self, world_size) -> None:
+        """Start ranks anew whose dead worlds have left threads, each of which wakes up for ever.
+
+        A model with Megatron's distributed optimizer is never freed; with it stay its groups.
+        """
+        for rank, process in enumerate(self._processes[:world_size]):
+            if len(os.listdir(f"/proc/{process.pid}/task")) > _MOST_THREADS:
+                process.terminate()
+                process.join(10)
+                self._start(rank)
 
     def run(self, world_size, function, *args):
         """The results by rank; a rank's exception is raised here with its traceback."""
@@ -42,6 +58,7 @@ class RankPool:
                 raise TimeoutError(f"rank {rank} of {world_size} does not answer; {failures}")
             is_good, value = end.recv()
             (results if is_good else failures).append(value)
+        self._replace_crowded(world_size)
         if failures:
             raise AssertionError("\n".join(failures))
         return results
