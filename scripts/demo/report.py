@@ -37,7 +37,7 @@ def write_report(
     """
     evaluations = [entry for entry in result.metrics if "eval/exact_match" in entry]
     first, last = evaluations[0], evaluations[-1]
-    picture = draw_curve(result.run_dir / "learning_curve.png", result.metrics, options.algo)
+    picture = draw_curve(result.run_dir / "learning_curve.png", result.metrics, options)
     summary = {
         "algo": options.algo,
         "reward": options.reward,
@@ -84,8 +84,13 @@ def find_warm_start_faults(exact_match: float, right_or_carry_free: float) -> li
     return faults
 
 
-def draw_curve(path: Path, metrics: Sequence[Mapping[str, float]], algo: str) -> Path:
-    """Reward of the rollouts and exact match on held-out problems, by episode, as a PNG."""
+def draw_curve(
+    path: Path, metrics: Sequence[Mapping[str, float]], options: argparse.Namespace
+) -> Path:
+    """Reward of the rollouts and exact match on held-out problems, by episode, as a PNG.
+
+    A reward model's score stands beside the truth; a verifier's is the truth.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,14 +100,17 @@ def draw_curve(path: Path, metrics: Sequence[Mapping[str, float]], algo: str) ->
     lines = {
         "rollout/reward": ("reward of the samples", "C7", "."),
         "eval/exact_match": ("held-out exact match, sampled", "C0", "o"),
-        "eval/reward": ("reward model's score, held-out", "C1", "s"),
     }
+    if options.reward == "model":
+        lines["eval/reward"] = ("reward model's score, held-out", "C1", "s")
     for name, (label, color, marker) in lines.items():
         points = [(entry["step"], entry[name]) for entry in metrics if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
     axes.axhline(0.9, color="C2", linewidth=1, linestyle="--", label="90 %")
-    axes.set(xlabel="episode", ylabel="share", title=f"Addition, {algo.upper()}", ylim=(0, 1.02))
+    axes.set(
+        xlabel="episode", ylabel="share", title=f"Addition, {options.algo.upper()}", ylim=(0, 1.02)
+    )
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -48,14 +48,14 @@ def _run_demo(options: argparse.Namespace) -> None:
     started_s = psutil.Process().create_time()
     folder = Path(options.output).resolve()
     training, held_out = _prepare_data(folder, options.seed)
-    _say("1. warm start: supervised training on right and on carry-free answers")
+    _say("warm start: supervised training on right and on carry-free answers")
     name_checkpoint(folder, _run_config("demo_warm_start", options.seed).run_dir, "warm_start")
     name = f"demo_{options.algo}"
     if options.reward == "model":
-        _say("2. reward model: trained on pairs of answers")
+        _say("reward model: trained on pairs of answers")
         _train_reward_model(folder, training, options.seed)
         name += "_reward_model"
-    _say(f"3. {options.algo.upper()} with {_describe_reward(options.reward)}")
+    _say(f"{options.algo.upper()} with {_describe_reward(options.reward)}")
     result = _run_config(name, options.seed, options.overrides)
     write_report(result, held_out, options, started_s)
 
