@@ -51,7 +51,8 @@ def run_forward(
         return MicroBatchResult(output.new_zeros(()), compute(output, batch))
 
     with torch.no_grad():
-        return _run(chunks, batches, as_loss, groups, forward_only=True)
+        padded = _fill_pipeline(batches, groups)
+        return _run(chunks, padded, as_loss, forward_only=True)[: len(batches)]
 
 
 def run_forward_backward(
@@ -68,26 +69,24 @@ def run_forward_backward(
     whole loss and the gradient of their own tokens; the schedule multiplies by their number what
     the reduction divides by it.)
     """
-    scale = float(len(_fill_pipeline(batches, groups)) * groups.data.size())
+    padded = _fill_pipeline(batches, groups)
+    scale = float(len(padded) * groups.data.size())
 
     def scaled(output: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
         result = loss_function(output, batch)
         return MicroBatchResult(result.loss * scale, result.kept)
 
-    return _run(chunks, batches, scaled, groups, forward_only=False)
+    return _run(chunks, padded, scaled, forward_only=False)[: len(batches)]
 
 
 def _run(
     chunks: Sequence[Any],
     batches: Sequence[PackedBatch],
     loss_function: LossFunction,
-    groups: ParallelGroups,
     *,
     forward_only: bool,
 ) -> list[Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    padded = _fill_pipeline(batches, groups)
 
     def forward_step(iterator: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
@@ -100,17 +99,17 @@ def _run(
 
         return output, finish
 
-    iterators: Any = [iter(padded) for _ in chunks]
+    iterators: Any = [iter(batches) for _ in chunks]
     store = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
-        num_microbatches=len(padded),
-        seq_length=padded[0].num_stream_tokens,
+        num_microbatches=len(batches),
+        seq_length=batches[0].num_stream_tokens,
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return [entry["kept"] for entry in store][: len(batches)]
+    return [entry["kept"] for entry in store]
 
 
 def _fill_pipeline(batches: Sequence[PackedBatch], groups: ParallelGroups) -> list[PackedBatch]:

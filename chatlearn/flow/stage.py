@@ -104,21 +104,11 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
         raise SyncError(f"{context.unusable_reason}: they are not used before the next full sync")
     batch = _join(call.row_ids, call.inputs)
     producer = f"{context.model_name}.{call.method_name}"
-    data = batch.collate()
-    with _profiled(context, call.method_name):
-        start_s = time.time()
-        output = invoke(
-            context.module,
-            call.method_name,
-            data,
-            row_ids=call.row_ids,
-            iteration=call.iteration,
-            constants=call.constants,
-        )
-        end_s = time.time()
+    done = _call_method(context, call, batch.collate(), call.row_ids)
+    output = done.output
     metrics = context.module.take_metrics()
     if not _is_output_rank(context):
-        return None, StageReport(start_s, end_s, len(batch), {}, {})
+        return None, StageReport(done.start_s, done.end_s, len(batch), {}, {})
     if output is None and not call.is_used:
         output = {}
     rows = RowBatch.from_output(call.row_ids, output, producer)
@@ -126,24 +116,16 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
     if context.profiler is not None:
         # A method that scores gives no tokens back.
         context.profiler.add_tokens(max(_total(loads), _total(measure_loads(batch.columns))))
-    return rows, StageReport(start_s, end_s, len(batch), metrics, statistics, loads)
+    report = StageReport(done.start_s, done.end_s, len(batch), metrics, statistics, loads)
+    return rows, report
 
 
 def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
     """Run one global batch of this lane through a training method."""
     micro_batches = _cut(call)
     context.module.num_updates = call.num_updates
-    with _profiled(context, call.method_name):
-        start_s = time.time()
-        result = invoke(
-            context.module,
-            call.method_name,
-            micro_batches,
-            row_ids=[list(ids) for ids in call.micro_batches],
-            iteration=call.iteration,
-            constants=call.constants,
-        )
-        end_s = time.time()
+    done = _call_method(context, call, micro_batches, [list(ids) for ids in call.micro_batches])
+    result = done.output
     _count_tokens(context, micro_batches)
     metrics = dict(context.module.take_metrics())
     if result is not None:
@@ -155,7 +137,7 @@ def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
         metrics.update(_as_numbers(cast("Mapping[str, Any]", result), context.model_name))
     _check_finite(metrics, context.model_name)
     num_rows = sum(map(len, call.micro_batches))
-    return StageReport(start_s, end_s, num_rows, metrics, {})
+    return StageReport(done.start_s, done.end_s, num_rows, metrics, {})
 
 
 def prepare_episode(context: WorkerContext, calls: Sequence[TrainCall]) -> StageReport:
@@ -177,6 +159,32 @@ def wants_whole_episode(context: WorkerContext, call: TrainCall) -> bool:
     columns = _join([call.sample_row], call.inputs).columns
     context.module.num_updates = call.num_updates
     return bool(context.module.wants_whole_episode(tuple(columns)))
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a method gave, and when it ran, seconds since the epoch."""
+
+    output: Any
+    start_s: float
+    end_s: float
+
+
+def _call_method(
+    context: WorkerContext, call: StageCall | TrainCall, data: Any, row_ids: Sequence[Any]
+) -> _Done:
+    """Call the method that a stage or a training call names."""
+    with _profiled(context, call.method_name):
+        start_s = time.time()
+        output = invoke(
+            context.module,
+            call.method_name,
+            data,
+            row_ids=row_ids,
+            iteration=call.iteration,
+            constants=call.constants,
+        )
+        return _Done(output, start_s, time.time())
 
 
 def _profiled(context: WorkerContext, stage: str) -> AbstractContextManager[None]:
