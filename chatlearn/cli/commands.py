@@ -46,7 +46,8 @@ def run_check(arguments: argparse.Namespace) -> None:
 
     config = load_config(Path(arguments.config), arguments.overrides)
     engine = build_engine(config)
-    print_plan(engine, engine.plan(config, arguments.assume_devices, may_join=False), config)
+    plan = engine.plan(config, arguments.assume_devices, may_join=False)
+    print_plan(engine, plan, plan.config)
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
@@ -62,4 +63,4 @@ def run_plan(arguments: argparse.Namespace) -> None:
         network_gb_s=arguments.network_gb_s,
         latency_us=arguments.latency_us,
     )
-    print_sync_plans(plan, config, speeds, as_json=arguments.json)
+    print_sync_plans(plan, plan.config, speeds, as_json=arguments.json)

@@ -58,6 +58,8 @@ def print_plan(
     header = ("node", "devices", "models")
     print_table(console, "devices", header, _device_rows(placement))
     _print_syncs(console, plan, config)
+    if plan.notes:
+        print_table(console, "what follows from files", ("note",), [(n,) for n in plan.notes])
     runtime = config.runtime
     missing = find_missing_data("runtime.data_path", runtime.data_path)
     missing += find_missing_data("runtime.eval_data_path", runtime.eval_data_path)

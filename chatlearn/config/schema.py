@@ -195,6 +195,17 @@ class ModelConfig(_Section):
         default=None, description="YAML of this model's keys, merged beneath the ones given here"
     )
     load: str | None = Field(default=None, description="checkpoint folder to start from")
+    pretrained: str | None = Field(
+        default=None,
+        description="Hugging Face folder to start from; its config.json gives the model's fields",
+    )
+    save_huggingface: bool = Field(
+        default=False, description="write a Hugging Face folder beside each checkpoint, too"
+    )
+    family: str | None = Field(
+        default=None,
+        description="family of the Hugging Face folder to write; unset: that of `pretrained`",
+    )
     generation: GenerationConfig = Field(default=GenerationConfig(), description="sampling")
     args: dict[str, Any] = Field(default={}, description="free options of a user's own module")
     megatron: dict[str, Any] = Field(

@@ -10,7 +10,7 @@ from chatlearn.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["SentencePieceTokenizer", "Tokenizer", "check_prompt_length"]
+__all__ = ["SentencePieceTokenizer", "Tokenizer", "check_prompt_length", "find_tokenizer"]
 
 
 class Tokenizer(Protocol):
@@ -90,6 +90,15 @@ class SentencePieceTokenizer:
         """
         known = [int(token) for token in token_ids if 0 <= int(token) < self.vocab_size]
         return str(self._processor.decode(known))
+
+
+def find_tokenizer(folder: str | Path) -> str | None:
+    """The tokenizer that lies in a model's folder, as `runtime.tokenizer` would name it."""
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if any((Path(folder) / file).is_file() for file in files):
+        return str(folder)
+    model = Path(folder) / "tokenizer.model"
+    return str(model) if model.is_file() else None
 
 
 def check_prompt_length(num_tokens: int, max_length: int, name: str) -> None:

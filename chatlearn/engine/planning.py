@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chatlearn.engine.completion import complete_config
 from chatlearn.engine.files import find_missing_files
 from chatlearn.errors import ConfigError, FlowError
 from chatlearn.flow.graph import ROOT
@@ -55,13 +56,17 @@ class RunPlan:
         flows: the traced flows.
         requests: what each model asks for.
         placement: where each worker goes.
+        config: the configuration, with what the models added to it.
         missing_files: a line for each tokenizer and checkpoint that is not there.
+        notes: a line for each thing that a model wants its user to know.
     """
 
     flows: FlowPlan
     requests: tuple[ModelRequest, ...]
     placement: PlacementPlan
+    config: Config
     missing_files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def plan_flows(
@@ -127,6 +132,8 @@ def plan_run(
         PlacementError: the models do not fit on the devices.
     """
     _check_model_names(flows, config)
+    completed = complete_config(config, flows.modules)
+    config = completed.config
     trainable = set(flows.trainable)
     for name in flows.modules:
         if config.model(name).trainable and name not in trainable:
@@ -140,7 +147,8 @@ def plan_run(
     else:
         inventory = assume_inventory(config, assume_devices)
     placement = plan_placement(requests, config.runtime.colocation_groups, inventory)
-    return RunPlan(flows, requests, placement, find_missing_files(config, flows.modules))
+    missing = find_missing_files(config, flows.modules)
+    return RunPlan(flows, requests, placement, config, missing, completed.notes)
 
 
 def synced_in_episode(episode: int | None, frequency: int) -> bool:

@@ -53,6 +53,7 @@ def run_engine(engine: Engine, config: Config) -> RunResult:
     """
     with _SigtermWatch() as watch:
         plan = engine.plan(config)
+        config = plan.config
         if plan.missing_files:
             raise ConfigError("\n  ".join(["files are missing:", *plan.missing_files]))
         if (engine.environment or engine.trainer) and not engine.datasets:

@@ -7,6 +7,7 @@ constructor must be light; `setup` builds what is heavy.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -31,9 +32,24 @@ if TYPE_CHECKING:
     from chatlearn.parallel.layout import ParallelLayout
     from chatlearn.parallel.sharding import TensorShard
 
-__all__ = ["BaseModule"]
+__all__ = ["BaseModule", "CompletedConfig"]
 
 AttachedT = TypeVar("AttachedT")
+
+
+@dataclass(frozen=True)
+class CompletedConfig:
+    """A model's section of the config with what followed from it.
+
+    Attributes:
+        config: the section.
+        notes: a line for each thing that a user may want to know.
+        tokenizer: one that belongs to the model, where there is one.
+    """
+
+    config: ModelConfig
+    notes: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
 
 class BaseModule:
@@ -254,6 +270,17 @@ class BaseModule:
         """What was logged since the last time, and forget it."""
         taken, self._metrics = self._metrics, {}
         return taken
+
+    def complete_config(self, config: ModelConfig) -> CompletedConfig:
+        """Fill in what follows from other entries, on the driver before any worker is up.
+
+        Args:
+            config: this model's section of the config.
+
+        Raises:
+            ConfigError: an entry cannot be followed, or contradicts what follows from it.
+        """
+        return CompletedConfig(config)
 
     def find_problems(self, config: ModelConfig, layout: ParallelLayout) -> Sequence[str]:
         """Why the model cannot be built like this, told on the driver before any worker is up.

@@ -33,6 +33,7 @@ HOOKS = frozenset(
         "attach",
         "initialize",
         "take_metrics",
+        "complete_config",
         "find_problems",
         "planned_weight_shards",
         "weight_shards",

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from chatlearn.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from chatlearn.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer
 from chatlearn.errors import ConfigError, DataError
-from chatlearn.models.base import BaseModule
+from chatlearn.models.base import BaseModule, CompletedConfig
 from chatlearn.models.plain_weights import HUGGINGFACE
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
@@ -37,6 +37,8 @@ from megatron_adapters.weights.live_description import (
     frozen_names,
     weight_tensors,
 )
+from megatron_adapters.weights.pretrained import load_shards
+from megatron_adapters.weights.pretrained_fields import complete_fields
 
 if TYPE_CHECKING:
     from chatlearn.config import ModelConfig
@@ -93,6 +95,16 @@ class MegatronModule(BaseModule):
             seed=self.runtime_args.seed,
             is_trained=self.is_trained,
         )
+        folder = self.module_args.pretrained
+        if folder is not None:
+            load_shards(
+                folder,
+                self.weight_shards(),
+                self.weight_tensors(),
+                self.module_args.megatron,
+                head=self.head,
+                use_te=has_transformer_engine(self.device),
+            )
         if self.is_trained:
             self.training = build_training_state(self.name, self.model, self.settings, self.groups)
             self.optimizer = self.training.optimizer
@@ -146,6 +158,14 @@ class MegatronModule(BaseModule):
             self.module_args.megatron, head=self.head, use_te=has_transformer_engine(self.device)
         )
         return renaming.apply(self.weight_shards())
+
+    def complete_config(self, config: "ModelConfig") -> CompletedConfig:
+        """The fields and the tokenizer of the folder that `pretrained` names."""
+        if config.pretrained is None:
+            return CompletedConfig(config)
+        found = complete_fields(config.pretrained, config.megatron, self.head)
+        completed = config.model_copy(update={"megatron": dict(found.fields)})
+        return CompletedConfig(completed, found.notes, find_tokenizer(config.pretrained))
 
     def find_problems(self, config: "ModelConfig", layout: "ParallelLayout") -> Sequence[str]:
         """What Megatron or our generation would refuse once the workers run."""

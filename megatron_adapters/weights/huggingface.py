@@ -1,11 +1,10 @@
-"""From Megatron's global names to those of transformers' Llama-like decoders, and back. Pure.
+"""From Megatron's global names to those of transformers' decoders, and back. Pure.
 
-The names are those that a live model of transformers 5 has (`state_dict()`): Llama, Mistral,
-Qwen2, Qwen3, and with experts Mixtral, Qwen2-MoE, Qwen3-MoE and GLM-4-MoE. Which of them a model
-has is read off its fields: a bias, a norm, a shared expert is there or it is not.
+The tables of names are in `naming`. Which parameters a model has is read off its fields: a bias, a
+norm, a shared expert is there or it is not.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +19,32 @@ from megatron_adapters.weights.architecture import (
     Head,
     read_architecture,
 )
+from megatron_adapters.weights.naming import NAMINGS, Naming, Stems
+from megatron_adapters.weights.parameters import (
+    Parameter,
+    embedding_parameters,
+    expert_parameters,
+    final_parameters,
+    layer_parameters,
+)
 
-__all__ = ["huggingface_renaming"]
+__all__ = ["find_naming", "huggingface_renaming"]
+
+# Transformer Engine holds a norm in the linear layer behind it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv": "input_layernorm",
+    "mlp.linear_fc1": "pre_mlp_layernorm",
+    "self_attention.linear_q_up_proj": "self_attention.q_layernorm",
+    "self_attention.linear_kv_up_proj": "self_attention.kv_layernorm",
+}
 
 
 def huggingface_renaming(
-    fields: Mapping[str, Any], *, head: Head = "lm", use_te: bool = False
+    fields: Mapping[str, Any],
+    *,
+    head: Head = "lm",
+    use_te: bool = False,
+    naming: Naming | None = None,
 ) -> Renaming:
     """The renaming from Megatron's naming to that of `transformers`; one for every layout.
 
@@ -36,192 +55,211 @@ def huggingface_renaming(
         fields: the flat Megatron fields of the model.
         head: `lm` or `scalar`.
         use_te: the layers are Transformer Engine's modules, which hold the norms before them.
+        naming: the table of names; None: that of a live model, see `find_naming`.
 
     Raises:
-        ConfigError: a field says that the model has weights which the families above lack, or
-            weights that mean something else there; names the field.
+        ConfigError: a field says that the model has weights which no table names, or weights that
+            mean something else there; names the field.
     """
     # How a rank computes its experts changes neither the names nor the shapes.
-    model = read_architecture({**fields, "moe_grouped_gemm": None}, ParallelLayout(), head)
-    attention = _check(model, fields)
-    pieces = [*_outer_pieces(model)]
+    given = {**fields, "moe_grouped_gemm": None}
+    model = read_architecture(given, ParallelLayout(), head, use_te=use_te)
+    _check(model, fields)
+    table = find_naming(fields, head=head) if naming is None else naming
+    pieces = [*_outer_pieces(model, table)]
+    stacked = model.num_layers if model.has_stacked_layers else None
     for number in range(model.num_layers):
-        layer = _Layer(number, model.num_layers if model.has_stacked_layers else None)
+        place = _Place.layer(number, stacked)
         experts = model.experts if model.expert_layers[number] else None
-        pieces.extend(_attention_pieces(layer, model, attention))
-        pieces.extend(_norm_pieces(layer, model, use_te=use_te, is_dense=experts is None))
-        if experts is None:
-            pieces.extend(_mlp_pieces(layer, model, "mlp", "mlp", model.ffn_size))
-        else:
-            pieces.extend(_expert_pieces(layer, model, experts))
+        for parameter in layer_parameters(model, experts):
+            pieces.extend(_layer_pieces(place, model, table, parameter))
+        if experts is not None:
+            pieces.extend(_expert_pieces(place, model, table, experts))
     return Renaming(tuple(pieces))
 
 
-def _check(model: Architecture, fields: Mapping[str, Any]) -> GroupedAttention:
-    """The attention of a model whose weights all have a name in transformers."""
+def find_naming(fields: Mapping[str, Any], *, head: Head = "lm") -> Naming:
+    """The first table that has a name for each parameter of a model.
+
+    Raises:
+        ConfigError: there is none; names the parameters that Llama-like models lack.
+    """
+    given = {**fields, "moe_grouped_gemm": None}
+    model = read_architecture(given, ParallelLayout(), head)
+    stems = {_split(name)[0] for name in _parameter_names(model)}
+    for table in NAMINGS.values():
+        if stems <= set(table.layer):
+            return table
+    missing = ", ".join(sorted(stems - set(NAMINGS["llama"].layer)))
+    raise ConfigError(
+        f"no family of transformers that is known here has all of this model's parameters: "
+        f"Llama-like models have no {missing}"
+    )
+
+
+def _parameter_names(model: Architecture) -> Iterator[str]:
+    for has_experts in set(model.expert_layers):
+        for parameter in layer_parameters(model, model.experts if has_experts else None):
+            yield parameter.name
+
+
+def _check(model: Architecture, fields: Mapping[str, Any]) -> None:
+    """Refuse what transformers' families compute in another way, or do not have."""
     attention = model.attention
-    is_grouped = isinstance(attention, GroupedAttention)
     refused = {
-        "multi_latent_attention": not is_grouped,
-        "attention_output_gate": is_grouped and attention.has_output_gate,
+        "attention_output_gate": isinstance(attention, GroupedAttention)
+        and attention.has_output_gate,
         "position_embedding_type": model.num_positions > 0,
         "rotary_interleaved": bool(fields.get("rotary_interleaved")),
         "normalization": model.has_norm_bias,
-        "layernorm_zero_centered_gamma": bool(fields.get("layernorm_zero_centered_gamma")),
         "swiglu": not model.is_gated,
-        "add_bias_linear": model.has_bias and model.experts is not None,
+        "add_bias_linear": model.has_bias
+        and (model.experts is not None or not isinstance(attention, GroupedAttention)),
+        "layernorm_zero_centered_gamma": bool(fields.get("layernorm_zero_centered_gamma"))
+        and not fields.get("sandwich_norms"),
     }
     found = [field for field, is_refused in refused.items() if is_refused]
-    if found or not isinstance(attention, GroupedAttention):
+    if found:
         raise ConfigError(
-            f"{', '.join(found)}: such a model has no counterpart among transformers' Llama-like "
-            "families, so its weights cannot be given Hugging Face names; they have rotary "
-            "positions, RMSNorm, a gated MLP and grouped-query attention"
+            f"{', '.join(found)}: such a model has no counterpart among the families of "
+            "transformers that are known here, so its weights cannot be given Hugging Face names; "
+            "they have rotary positions, RMSNorm, a gated MLP and grouped-query or multi-latent "
+            "attention"
         )
-    return attention
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Entries of a layer's tensor along one axis, from `start` on."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int = 0
-
-    def box(self, size: int, axis: int) -> Box:
-        """`size` of the entries along `axis`."""
-        offset, shape = [0] * len(self.shape), list(self.shape)
-        offset[axis], shape[axis] = self.start, size
-        return Box(tuple(offset), tuple(shape))
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Makes the pieces of one layer.
+class _Place:
+    """Where the tensors of a layer or of an expert stand in both namings.
 
     Attributes:
-        number: of the layer, from 0.
-        num_stacked: length of the axis that Megatron stacks the layers along; None: each layer
-            has tensors of its own.
+        old_prefix: before Megatron's name.
+        new_prefix: before the other one.
+        index: on the leading axes of Megatron's tensor (layer, expert).
+        counts: lengths of those axes.
     """
 
-    number: int
-    num_stacked: int | None
+    old_prefix: str
+    new_prefix: str
+    index: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
 
-    def rename(self, name: str, shape: tuple[int, ...], new_name: str) -> Piece:
-        """A tensor that only gets another name."""
-        return self.move(_Part(name, shape), _Part(new_name, shape), shape[0])
+    @classmethod
+    def layer(cls, number: int, stacked: int | None) -> "_Place":
+        """Of a layer; `stacked` is the length of the axis along which Megatron stacks layers."""
+        new = f"model.layers.{number}."
+        if stacked is None:
+            return cls(f"decoder.layers.{number}.", new)
+        return cls("decoder.layers.", new, (number,), (stacked,))
 
-    def move(self, old: _Part, new: _Part, size: int, axis: int = 0) -> Piece:
-        """`size` entries along `axis` of one tensor that are entries of another."""
-        key = f"model.layers.{self.number}.{new.name}"
-        new_region = Region(key, new.shape, new.box(size, axis))
-        box = old.box(size, axis)
-        if self.num_stacked is None:
-            key = f"decoder.layers.{self.number}.{old.name}"
-            return Piece(Region(key, old.shape, box), new_region)
-        stacked = Box((self.number, *box.offset), (1, *box.shape))
-        shape = (self.num_stacked, *old.shape)
-        return Piece(Region(f"decoder.layers.{old.name}", shape, stacked), new_region)
+    def expert(self, number: int, count: int, prefix: str) -> "_Place":
+        """Of one of the layer's experts."""
+        return _Place(
+            f"{self.old_prefix}mlp.experts.experts.",
+            self.new_prefix + prefix.format(expert=number),
+            (*self.index, number),
+            (*self.counts, count),
+        )
+
+    def move(
+        self, parameter: Parameter, start: int, new_name: str, new_rows: int, at: int, rows: int
+    ) -> Piece:
+        """`rows` rows of a parameter, from `start` on, are those from `at` on of a new tensor.
+
+        Args:
+            parameter: in Megatron's words.
+            start: first row there.
+            new_name: of the other tensor, which has the same columns.
+            new_rows: how many rows that has.
+            at: first row there.
+            rows: how many.
+        """
+        columns = parameter.shape[1:]
+        zeros = (0,) * len(columns)
+        lead = (1,) * len(self.index)
+        old = Region(
+            self.old_prefix + (parameter.key or parameter.name),
+            (*self.counts, *parameter.shape),
+            Box((*self.index, start, *zeros), (*lead, rows, *columns)),
+        )
+        new = Region(
+            self.new_prefix + new_name,
+            (new_rows, *columns),
+            Box((at, *zeros), (rows, *columns)),
+        )
+        return Piece(old, new)
 
 
-def _outer_pieces(model: Architecture) -> Iterator[Piece]:
+def _outer_pieces(model: Architecture, table: Naming) -> Iterator[Piece]:
     """What lies before and after the layers."""
-    hidden, vocabulary = (model.hidden_size,), (model.vocab_size, model.hidden_size)
-    yield _rename("embedding.word_embeddings.weight", vocabulary, "model.embed_tokens.weight")
-    yield _rename("decoder.final_layernorm.weight", hidden, "model.norm.weight")
-    if model.head == "scalar":
-        yield _rename("output_layer.weight", (1, model.hidden_size), "score.weight")
-    elif not model.is_tied:
-        yield _rename("output_layer.weight", vocabulary, "lm_head.weight")
+    for parameter in (
+        *embedding_parameters(model),
+        *final_parameters(model, has_embedding=True),
+    ):
+        stem, kind = _split(parameter.name)
+        new = table.outer["score" if stem == "output_layer" and model.head == "scalar" else stem]
+        rows = parameter.shape[0] if parameter.num_rows is None else parameter.num_rows
+        shape = (rows, *parameter.shape[1:])
+        yield Piece(
+            Region.whole(parameter.name, shape),
+            Region.whole(new + kind, shape),
+        )
 
 
-def _rename(key: str, shape: tuple[int, ...], new_key: str) -> Piece:
-    return Piece(Region.whole(key, shape), Region.whole(new_key, shape))
-
-
-def _norm_pieces(
-    layer: _Layer, model: Architecture, *, use_te: bool, is_dense: bool
+def _layer_pieces(
+    place: _Place, model: Architecture, table: Naming, parameter: Parameter
 ) -> Iterator[Piece]:
-    shape = (model.hidden_size,)
-    first = "self_attention.linear_qkv.layer_norm_weight" if use_te else "input_layernorm.weight"
-    is_fused = use_te and is_dense
-    second = "mlp.linear_fc1.layer_norm_weight" if is_fused else "pre_mlp_layernorm.weight"
-    yield layer.rename(first, shape, "input_layernorm.weight")
-    yield layer.rename(second, shape, "post_attention_layernorm.weight")
+    stem, kind = _split(parameter.name)
+    news = table.layer[stem]
+    if stem == "self_attention.linear_qkv" and isinstance(model.attention, GroupedAttention):
+        yield from _qkv_pieces(place, model.attention, parameter, tuple(n + kind for n in news))
+        return
+    yield from _row_pieces(place, parameter, tuple(new + kind for new in news))
 
 
-def _attention_pieces(
-    layer: _Layer, model: Architecture, sizes: GroupedAttention
-) -> Iterator[Piece]:
-    hidden = model.hidden_size
-    output = "self_attention.linear_proj", "self_attn.o_proj"
-    shape = (hidden, sizes.query_size)
-    yield layer.rename(f"{output[0]}.weight", shape, f"{output[1]}.weight")
-    yield from _qkv_pieces(layer, sizes, "weight", (hidden,))
-    if model.has_bias:
-        yield layer.rename(f"{output[0]}.bias", (hidden,), f"{output[1]}.bias")
-    if model.has_qkv_bias:
-        yield from _qkv_pieces(layer, sizes, "bias", ())
-    if model.has_qk_norm:
-        for name in ("q", "k"):
-            old, new = f"self_attention.{name}_layernorm.weight", f"self_attn.{name}_norm.weight"
-            yield layer.rename(old, (sizes.head_size,), new)
+def _row_pieces(place: _Place, parameter: Parameter, names: Stems) -> Iterator[Piece]:
+    """Equal parts of the rows, one after the other (the gate's, then the up projection's)."""
+    rows = parameter.shape[0] // len(names)
+    for number, name in enumerate(names):
+        yield place.move(parameter, number * rows, name, rows, 0, rows)
 
 
 def _qkv_pieces(
-    layer: _Layer, sizes: GroupedAttention, kind: str, columns: tuple[int, ...]
+    place: _Place, sizes: GroupedAttention, parameter: Parameter, names: Sequence[str]
 ) -> Iterator[Piece]:
     """Megatron holds, group by group, the group's query heads, its key head and its value head."""
-    fused = (sizes.fused_size, *columns)
     size = sizes.head_size
     query_rows = sizes.query_size // sizes.num_groups
     start = 0
     for group in range(sizes.num_groups):
-        for name, rows in (("q", query_rows), ("k", size), ("v", size)):
-            old = _Part(f"self_attention.linear_qkv.{kind}", fused, start)
-            shape = (rows * sizes.num_groups, *columns)
-            new = _Part(f"self_attn.{name}_proj.{kind}", shape, group * rows)
-            yield layer.move(old, new, rows)
+        for name, rows in zip(names, (query_rows, size, size), strict=True):
+            whole = rows * sizes.num_groups
+            yield place.move(parameter, start, name, whole, group * rows, rows)
             start += rows
 
 
-def _mlp_pieces(
-    layer: _Layer, model: Architecture, old: str, new: str, ffn_size: int
+def _expert_pieces(
+    place: _Place, model: Architecture, table: Naming, sizes: ExpertSizes
 ) -> Iterator[Piece]:
-    """Megatron's first layer is the gate's rows, then the up projection's."""
-    hidden = model.hidden_size
-    kinds = [("weight", (hidden,))] + ([("bias", ())] if model.has_bias else [])
-    for kind, columns in kinds:
-        for number, name in enumerate(("gate", "up")):
-            fused = (2 * ffn_size, *columns)
-            rows = _Part(f"{old}.linear_fc1.{kind}", fused, number * ffn_size)
-            whole = _Part(f"{new}.{name}_proj.{kind}", (ffn_size, *columns))
-            yield layer.move(rows, whole, ffn_size)
-    shape = (hidden, ffn_size)
-    yield layer.rename(f"{old}.linear_fc2.weight", shape, f"{new}.down_proj.weight")
-    if model.has_bias:
-        yield layer.rename(f"{old}.linear_fc2.bias", (hidden,), f"{new}.down_proj.bias")
+    parameters = expert_parameters(model, sizes)
+    for parameter in parameters:
+        stem, kind = _split(parameter.name)
+        suffix = kind if table.has_expert_suffix else ""
+        names = tuple(name + suffix for name in table.expert[stem])
+        if "{expert}" in table.expert_prefix:
+            for number in range(sizes.num_experts):
+                expert = place.expert(number, sizes.num_experts, table.expert_prefix)
+                yield from _row_pieces(expert, parameter, names)
+            continue
+        key = f"mlp.experts.experts.{parameter.name}"
+        stacked = Parameter(parameter.name, (sizes.num_experts, *parameter.shape), key=key)
+        name = table.expert_prefix + names[0]
+        yield from _row_pieces(place, stacked, (name,))
 
 
-def _expert_pieces(layer: _Layer, model: Architecture, sizes: ExpertSizes) -> Iterator[Piece]:
-    """A live model of transformers 5 stacks its experts, and gate on up, as Megatron does."""
-    hidden, count = model.hidden_size, sizes.num_experts
-    yield layer.rename("mlp.router.weight", (count, hidden), "mlp.gate.weight")
-    if sizes.has_selection_bias:
-        new = "mlp.gate.e_score_correction_bias"
-        yield layer.rename("mlp.router.expert_bias", (count,), new)
-    fused, down = (count, 2 * sizes.ffn_size, hidden), (count, hidden, sizes.ffn_size)
-    old = "mlp.experts.experts"
-    yield layer.rename(f"{old}.linear_fc1.weight", fused, "mlp.experts.gate_up_proj")
-    yield layer.rename(f"{old}.linear_fc2.weight", down, "mlp.experts.down_proj")
-    if sizes.shared_ffn_size is None:
-        return
-    # Qwen2-MoE has one shared expert behind a gate; the others have no gate and say "experts".
-    new = "mlp.shared_expert" if sizes.has_shared_gate else "mlp.shared_experts"
-    yield from _mlp_pieces(layer, model, "mlp.shared_experts", new, sizes.shared_ffn_size)
-    if sizes.has_shared_gate:
-        shape = (1, hidden)
-        new = "mlp.shared_expert_gate.weight"
-        yield layer.rename("mlp.shared_experts.gate_weight", shape, new)
+def _split(name: str) -> tuple[str, str]:
+    """A Megatron name as a stem of the tables and `.weight`, `.bias` or nothing."""
+    stem, _, kind = name.rpartition(".")
+    if kind == "layer_norm_weight":
+        return _FUSED_NORMS[stem], ".weight"
+    return (stem, f".{kind}") if kind in ("weight", "bias") else (name, "")

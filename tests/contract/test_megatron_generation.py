@@ -8,11 +8,11 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = {"one": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "tp2-pp2": (4, {**TP2, **PP2})}
 SAMPLING = {"temperature": 0.8, "max_new_tokens": 9, "num_slots": 8, "stop_token_ids": [5]}
-# Without bf16 in the processor torch's attention sums the keys beyond the last full vector one by
-# one. So a prefix rounds otherwise in a longer batch: one in some hundred outputs by one bf16 step,
-# which was seen to move a log-probability by 4e-3.
-HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-BF16_BOUND = 1e-3 if HAS_BF16 else 2e-2
+# Without bf16 matrix units a row's sums may be taken in another order in a longer batch or for a
+# longer prefix: single outputs differ by one bf16 step, which was seen to move a log-probability by
+# 4e-3 on a processor without bf16, and by 9e-3 on one with its vector instructions.
+HAS_MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
+BF16_BOUND = 1e-3 if HAS_MATRIX_UNITS else 2e-2
 
 
 def make_prompts(count=6):

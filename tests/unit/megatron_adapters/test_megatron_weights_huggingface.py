@@ -95,7 +95,6 @@ def test_grouped_experts_have_the_same_names():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"multi_latent_attention": True},
         {"attention_output_gate": True},
         {"position_embedding_type": "learned_absolute"},
         {"rotary_interleaved": True},

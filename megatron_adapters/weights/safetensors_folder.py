@@ -1,0 +1,143 @@
+"""A Hugging Face folder's weights: memory-mapped, read slice by slice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from chatlearn.errors import CheckpointError
+from chatlearn.parallel.sharding import Box
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "SafetensorsFolder"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+class SafetensorsFolder:
+    """The tensors of a folder by name. Files stay mapped until `close`.
+
+    Nothing is read before it is asked for: a slice of a tensor is a view of the mapped file.
+
+    Args:
+        folder: with `model.safetensors`, or an index and the files that it names.
+
+    Raises:
+        CheckpointError: no weights there, or a file is missing or damaged; names it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files: dict[Path, Any] = {}
+        self._tensors: dict[str, _Tensor] = {}
+        try:
+            for file, wanted in _find_files(self.folder).items():
+                self._add_file(file, wanted)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unmap the files; views that are still there keep theirs alive."""
+        self._files.clear()
+
+    def __enter__(self) -> SafetensorsFolder:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of all tensors."""
+        return self._tensors.keys()
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._tensors[name].file
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._tensors[name].shape
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """A box of a tensor, as a view of the mapped file (do not write to it)."""
+        part = self._files[self.file_of(name)].get_slice(name)
+        slices = tuple(
+            slice(start, start + size) for start, size in zip(box.offset, box.shape, strict=True)
+        )
+        return part[slices]
+
+    def _add_file(self, file: Path, wanted: frozenset[str] | None) -> None:
+        opened = _open(file)
+        self._files[file] = opened
+        held = frozenset(opened.keys())
+        missing = sorted((wanted or held) - held)
+        if missing:
+            raise CheckpointError(
+                f"{file} lacks {_some(missing)}, which {INDEX_FILE} says it holds: the folder is "
+                "incomplete or of two versions"
+            )
+        for name in held:
+            shape = tuple(opened.get_slice(name).get_shape())
+            if name in self._tensors:
+                raise CheckpointError(
+                    f"{name} is in {self.file_of(name).name} and in {file.name} of {self.folder}"
+                )
+            self._tensors[name] = _Tensor(file, shape)
+
+
+def _find_files(folder: Path) -> Mapping[Path, frozenset[str] | None]:
+    """The files, and which tensors the index wants of each; None: there is no index."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        file = folder / SINGLE_FILE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: weights in another format "
+                "must be saved anew with transformers' save_pretrained"
+            )
+        return {file: None}
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        entries = cast("dict[str, str]", content["weight_map"])
+        by_file: dict[str, set[str]] = {}
+        for name, file in entries.items():
+            by_file.setdefault(file, set()).add(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files: {error!r}") from error
+    strange = [file for file in by_file if Path(file).name != file]
+    if strange:
+        raise CheckpointError(f"{index} names files outside the folder: {_some(strange)}")
+    return {folder / file: frozenset(names) for file, names in sorted(by_file.items())}
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: {INDEX_FILE} names it")
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged or no safetensors file ({error}): copy it again"
+        ) from error
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
