@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """Reads a Hugging Face folder's weights into the live model; each rank reads its own slices."""
 
 from __future__ import annotations

@@ -12,11 +12,9 @@ import torch
 
 from chatlearn.errors import CheckpointError
 from chatlearn.parallel.sharding import Box
+from megatron_adapters.weights.safetensors_names import INDEX_FILE, SINGLE_FILE
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "SafetensorsFolder"]
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+__all__ = ["SafetensorsFolder"]
 
 
 @dataclass(frozen=True)
