@@ -64,7 +64,9 @@ def _check_model(name: str, model: ModelConfig) -> Iterator[str]:
             f"{path}: a CPU-only model has TP = PP = CP = 1 and num_cpu={model.num_cpu} a multiple "
             f"of cpu_per_process={model.cpu_per_process}; got TP x PP x CP = {ranks}"
         )
-    if ep > 1 and not model.megatron.get("num_moe_experts"):
+    # A pretrained model's fields come from its folder, and are checked then.
+    is_open = model.pretrained is not None and "num_layers" not in model.megatron
+    if ep > 1 and not model.megatron.get("num_moe_experts") and not is_open:
         yield f"{path}: expert_model_parallel_size={ep} needs num_moe_experts"
     experts = model.megatron.get("num_moe_experts")
     if ep > 1 and experts and experts % ep:

@@ -31,6 +31,7 @@ from megatron_adapters.precision import with_precision
 from megatron_adapters.training import TrainingState, build_training_state
 from megatron_adapters.weights import describe_layout
 from megatron_adapters.weights.architecture import Head
+from megatron_adapters.weights.export import export_shards, plan_export
 from megatron_adapters.weights.huggingface import huggingface_renaming
 from megatron_adapters.weights.live_description import (
     describe_weights,
@@ -207,6 +208,30 @@ class MegatronModule(BaseModule):
     def save_checkpoint(self, iteration: int) -> None:
         """Write the model in Megatron's distributed format; every rank takes part."""
         checkpointing.save_model(self.checkpoint_dir, self.model, self.training, iteration)
+        if self.module_args.save_huggingface:
+            self.save_huggingface(self.checkpoint_dir / "huggingface")
+
+    def save_huggingface(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder; every rank of the replica calls this.
+
+        Raises:
+            ConfigError: the model belongs to no known family.
+            CheckpointError: the folder cannot be written.
+        """
+        tokenizer = self.runtime_args.tokenizer
+        export_shards(
+            folder,
+            plan_export(
+                with_precision(self.module_args.megatron, self.device.type),
+                head=self.head,
+                family=self.module_args.family,
+                template=self.module_args.pretrained,
+                use_te=has_transformer_engine(self.device),
+            ),
+            self.weight_shards(),
+            self.weight_tensors(),
+            tokenizer=None if tokenizer is None else Path(tokenizer),
+        )
 
     def load_checkpoint(self, folder: str) -> None:
         """Start from saved weights; a scalar head that the checkpoint lacks stays as it is."""

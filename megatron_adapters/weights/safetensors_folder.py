@@ -16,6 +16,8 @@ from megatron_adapters.weights.safetensors_names import INDEX_FILE, SINGLE_FILE
 
 __all__ = ["SafetensorsFolder"]
 
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
 
 @dataclass(frozen=True)
 class _Tensor:
@@ -23,6 +25,7 @@ class _Tensor:
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 class SafetensorsFolder:
@@ -71,6 +74,10 @@ class SafetensorsFolder:
         """The shape of a tensor."""
         return self._tensors[name].shape
 
+    def dtype_of(self, name: str) -> str:
+        """The dtype of a tensor, torch's name; safetensors' where torch has none."""
+        return _DTYPES.get(self._tensors[name].dtype, self._tensors[name].dtype)
+
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A box of a tensor, as a view of the mapped file (do not write to it)."""
         part = self._files[self.file_of(name)].get_slice(name)
@@ -78,6 +85,11 @@ class SafetensorsFolder:
             slice(start, start + size) for start, size in zip(box.offset, box.shape, strict=True)
         )
         return part[slices]
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """All of a tensor; see `read`."""
+        shape = self.shape_of(name)
+        return self.read(name, Box((0,) * len(shape), shape))
 
     def _add_file(self, file: Path, wanted: frozenset[str] | None) -> None:
         opened = _open(file)
@@ -90,12 +102,12 @@ class SafetensorsFolder:
                 "incomplete or of two versions"
             )
         for name in held:
-            shape = tuple(opened.get_slice(name).get_shape())
+            part = opened.get_slice(name)
             if name in self._tensors:
                 raise CheckpointError(
                     f"{name} is in {self.file_of(name).name} and in {file.name} of {self.folder}"
                 )
-            self._tensors[name] = _Tensor(file, shape)
+            self._tensors[name] = _Tensor(file, tuple(part.get_shape()), str(part.get_dtype()))
 
 
 def _find_files(folder: Path) -> Mapping[Path, frozenset[str] | None]:

@@ -1,0 +1,1 @@
+"""Between Hugging Face folders, Megatron checkpoints and adapters, and proof that it is right."""

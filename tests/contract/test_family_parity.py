@@ -1,0 +1,80 @@
+"""Every family computes what transformers computes, and leaves as it came."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from megatron_adapters.conversion import parity
+from megatron_adapters.conversion.tiny_models import TINY_MODELS, build_tiny_model
+
+CASES = [
+    pytest.param(family, case, id=f"{family}-{case.name}")
+    for family in TINY_MODELS
+    for case in parity.layouts_of(family)
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The saved models and their live twins, by family, each made once."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            model = build_tiny_model(family)
+            folder = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folder)
+            made[family] = (folder, model)
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_logits_are_those_of_transformers_and_the_export_is_identical(
+    ranks, folders, tmp_path, family, case
+):
+    folder, model = folders(family)
+    sequences = parity.make_sequences(model.config.vocab_size)
+    expected = parity.transformers_logits(model, sequences)
+    args = (str(folder), dict(case.fields))
+    found = ranks.run(case.world_size, measure, *args, sequences)[-1]
+    gap = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    assert gap <= 1e-4
+    assert max(float(row.std()) for row in expected) > 0.3
+    ranks.run(case.world_size, export, *args, str(tmp_path / "out"))
+    assert parity.compare_exports(folder, tmp_path / "out")
+
+
+def measure(rank, *args):
+    del rank
+    return parity.measure_logits(*args)
+
+
+def export(rank, *args):
+    del rank
+    parity.export_again(*args)
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_greedy_generation_is_that_of_transformers(ranks, folders, family):
+    folder, model = folders(family)
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 61, (n,), generator=draw) for n in (3, 9, 14)]
+    found = ranks.run(1, generate, str(folder), {}, prompts, 64)[0]
+    for prompt, ids in zip(prompts, found, strict=True):
+        assert ids == likeliest(model, prompt, 64)
+
+
+def generate(rank, *args):
+    del rank
+    return parity.generate_greedily(*args)
+
+
+def likeliest(model, prompt, count):
+    """Token by token without a cache, so that nothing but the model can be at fault."""
+    ids = prompt
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model(ids[None]).logits[0, -1].argmax()[None]])
+    return ids[len(prompt) :].tolist()
