@@ -12,7 +12,7 @@ from megatron_adapters.model_building import unwrap
 from megatron_adapters.patches.adam_state import allocate_state, separate_steps
 from megatron_adapters.training import TrainingState
 
-__all__ = ["has_checkpoint", "load_training", "load_weights", "save_model"]
+__all__ = ["build_strategy", "has_checkpoint", "load_training", "load_weights", "save_model"]
 
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -45,7 +45,7 @@ def save_model(
         content["scheduler"] = state.scheduler.state_dict()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        dist_checkpointing.save(content, str(folder), sharded_strategy=_build_strategy())
+        dist_checkpointing.save(content, str(folder), sharded_strategy=build_strategy())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
@@ -140,7 +140,7 @@ def _metadata() -> dict[str, Any]:
     return {**_OPTIMIZER_METADATA, "dp_cp_group": group}
 
 
-def _build_strategy() -> Any:
+def build_strategy() -> Any:
     """Writes through torch's own checkpoint writer.
 
     Megatron's writer forks helpers and takes seconds to start (seen in 0.16.1); its reader reads

@@ -38,6 +38,7 @@ from megatron_adapters.weights.live_description import (
     frozen_names,
     weight_tensors,
 )
+from megatron_adapters.weights.model_file import ModelRecord, write_model_file
 from megatron_adapters.weights.pretrained import load_shards
 from megatron_adapters.weights.pretrained_fields import complete_fields
 
@@ -208,8 +209,16 @@ class MegatronModule(BaseModule):
     def save_checkpoint(self, iteration: int) -> None:
         """Write the model in Megatron's distributed format; every rank takes part."""
         checkpointing.save_model(self.checkpoint_dir, self.model, self.training, iteration)
+        if self.context.rank == 0:
+            write_model_file(self.checkpoint_dir, self._model_record())
         if self.module_args.save_huggingface:
             self.save_huggingface(self.checkpoint_dir / "huggingface")
+
+    def _model_record(self) -> ModelRecord:
+        args = self.module_args
+        folder = None if args.pretrained is None else str(Path(args.pretrained).resolve())
+        fields = with_precision(args.megatron, self.device.type)
+        return ModelRecord(fields, self.head, args.family, folder)
 
     def save_huggingface(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder; every rank of the replica calls this.

@@ -1,0 +1,177 @@
+# pyright: standard, reportPrivateImportUsage=false
+"""The two formats that hold whole models, behind one contract: give me these shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from chatlearn.data.tokenizer import find_tokenizer
+from chatlearn.errors import CheckpointError
+from chatlearn.parallel.layout import ParallelLayout
+from chatlearn.parallel.sharding import TensorShard
+from megatron_adapters.checkpointing import has_checkpoint
+from megatron_adapters.conversion.megatron_files import MegatronReader
+from megatron_adapters.weights.architecture import Head
+from megatron_adapters.weights.config_file import CONFIG_FILE, read_config_file
+from megatron_adapters.weights.description import describe_layout
+from megatron_adapters.weights.families import find_family
+from megatron_adapters.weights.model_file import read_model_file
+from megatron_adapters.weights.pretrained import load_shards
+from megatron_adapters.weights.pretrained_fields import head_of
+
+__all__ = ["ModelSource", "SourceModel", "describe_parts", "make_tensors", "open_source"]
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """What a source says of its model.
+
+    Attributes:
+        fields: the flat Megatron fields.
+        head: of the model.
+        family: of Hugging Face folders; None: not known.
+        template: Hugging Face folder that the model is or came from; None: there is none.
+        tokenizer: folder or file of its tokenizer; None: there is none.
+        dtype: of its weights, torch's name.
+    """
+
+    fields: Mapping[str, Any]
+    head: Head
+    family: str | None
+    template: Path | None
+    tokenizer: Path | None
+    dtype: str
+
+
+class ModelSource(Protocol):
+    """A folder that holds a whole model."""
+
+    @property
+    def model(self) -> SourceModel:
+        """What it is."""
+        ...
+
+    def read(self, shards: Sequence[TensorShard], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill the local tensors of some shards."""
+        ...
+
+
+def open_source(folder: Path, like: Path | None = None) -> ModelSource:
+    """A Hugging Face folder, or a model's folder in a Megatron checkpoint.
+
+    Args:
+        folder: what to open.
+        like: for a Megatron checkpoint, a Hugging Face folder of the same model, whose config.json
+            and tokenizer count.
+
+    Raises:
+        ChatLearnError: it is neither, or is damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder")
+    if has_checkpoint(str(folder)):
+        return _MegatronSource(folder, like)
+    if (folder / CONFIG_FILE).is_file():
+        return _HuggingFaceSource(folder)
+    raise CheckpointError(
+        f"{folder} is neither a Hugging Face folder (no {CONFIG_FILE}) nor a model's folder in a "
+        "Megatron checkpoint (no metadata.json), such as "
+        "checkpoints/episode_000010/models/policy_trainer"
+    )
+
+
+def describe_parts(model: SourceModel) -> list[tuple[TensorShard, ...]]:
+    """The shards of a model in parts of one layer each; nothing occurs twice."""
+    fields = {**model.fields, "bf16": model.dtype == "bfloat16", "fp16": False}
+    layout = ParallelLayout(pp_size=int(fields["num_layers"]))
+    seen: set[tuple[str, Any]] = set()
+    parts: list[tuple[TensorShard, ...]] = []
+    for shards in describe_layout(fields, layout, head=model.head):
+        part = [shard for shard in shards if (shard.key, shard.box) not in seen]
+        seen.update((shard.key, shard.box) for shard in part)
+        parts.append(tuple(part))
+    return parts
+
+
+def make_tensors(
+    shards: Sequence[TensorShard], folder: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """Local tensors for shards, by name.
+
+    Args:
+        shards: whose.
+        folder: keep them in files there, so that they take no memory that cannot be given back;
+            None: in memory.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for shard in shards:
+        ends = tuple(at + n for at, n in zip(shard.local_offset, shard.local_shape, strict=True))
+        known = shapes.get(shard.local_name, ends)
+        shapes[shard.local_name] = tuple(map(max, known, ends))
+        dtypes[shard.local_name] = getattr(torch, shard.dtype)
+    tensors: dict[str, torch.Tensor] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        size = torch.Size(shape).numel()
+        if folder is None:
+            tensors[name] = torch.empty(shape, dtype=dtypes[name])
+            continue
+        path = str(folder / f"{number}")
+        tensors[name] = torch.from_file(path, shared=True, size=size, dtype=dtypes[name]).view(
+            shape
+        )
+    return tensors
+
+
+class _HuggingFaceSource:
+    def __init__(self, folder: Path) -> None:
+        config = read_config_file(folder)
+        family = find_family(config)
+        tokenizer = find_tokenizer(folder)
+        self._folder = folder
+        self.model = SourceModel(
+            family.read_fields(config),
+            head_of(config),
+            family.name,
+            folder,
+            None if tokenizer is None else Path(tokenizer),
+            config.dtype or "float32",
+        )
+
+    def read(self, shards: Sequence[TensorShard], tensors: Mapping[str, torch.Tensor]) -> None:
+        load_shards(self._folder, shards, tensors, self.model.fields, head=self.model.head)
+
+
+class _MegatronSource:
+    def __init__(self, folder: Path, like: Path | None) -> None:
+        self._reader = MegatronReader(folder)
+        dtype = self._reader.dtype
+        if like is not None:
+            found = _HuggingFaceSource(like).model
+            self.model = SourceModel(
+                found.fields, found.head, found.family, like, found.tokenizer, dtype
+            )
+        else:
+            record = read_model_file(folder)
+            template = None if record.pretrained is None else Path(record.pretrained)
+            if template is not None and not (template / CONFIG_FILE).is_file():
+                template = None
+            tokenizer = None if template is None else find_tokenizer(template)
+            self.model = SourceModel(
+                record.fields,
+                record.head,
+                record.family,
+                template,
+                None if tokenizer is None else Path(tokenizer),
+                dtype,
+            )
+        parts = describe_parts(self.model)
+        self._reader.check([shard for part in parts for shard in part])
+
+    def read(self, shards: Sequence[TensorShard], tensors: Mapping[str, torch.Tensor]) -> None:
+        self._reader.read(shards, tensors)

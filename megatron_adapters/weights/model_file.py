@@ -1,0 +1,88 @@
+"""The record that lies beside a Megatron checkpoint and says what model it is of. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from chatlearn.config.megatron_fields import MEGATRON_FIELDS
+from chatlearn.config.model_fields import MODEL_FIELDS
+from chatlearn.errors import CheckpointError
+from megatron_adapters.weights.architecture import Head
+
+__all__ = ["MODEL_FILE", "ModelRecord", "read_model_file", "write_model_file"]
+
+MODEL_FILE = "model.json"
+# How a model is cut does not belong to it.
+_LAYOUT = (
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "sequence_parallel",
+)
+_TRAINING = ("lr_", "recompute_")
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What a checkpoint is of.
+
+    Attributes:
+        fields: the flat Megatron fields of the model, without those of layout and training.
+        head: `lm` or `scalar`.
+        family: of Hugging Face folders; None: not said.
+        pretrained: the folder that the model started from; None: there was none.
+    """
+
+    fields: Mapping[str, Any]
+    head: Head
+    family: str | None = None
+    pretrained: str | None = None
+
+
+def write_model_file(folder: Path, record: ModelRecord) -> None:
+    """Write the record into a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    known = {*MODEL_FIELDS, *MEGATRON_FIELDS["TransformerConfig"], *_latent_fields()}
+    fields = {
+        key: value
+        for key, value in record.fields.items()
+        if key in known and key not in _LAYOUT and not key.startswith(_TRAINING)
+    }
+    content = {**asdict(record), "fields": fields}
+    try:
+        text = json.dumps(content, indent=1)
+        (folder / MODEL_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{folder / MODEL_FILE} cannot be written: {error}") from error
+
+
+def read_model_file(folder: Path) -> ModelRecord:
+    """Read the record of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not there, or not what `write_model_file` writes.
+    """
+    path = folder / MODEL_FILE
+    try:
+        content = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+        return ModelRecord(**content)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is not there, so what model the checkpoint is of is not known: write it by "
+            'hand ({"fields": {...}, "head": "lm"}), or give --like DIR'
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _latent_fields() -> tuple[str, ...]:
+    return tuple(MEGATRON_FIELDS.get("MLATransformerConfig", {}))
