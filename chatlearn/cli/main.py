@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import ChatLearnError, ConfigError, FlowError
 
@@ -69,8 +69,15 @@ def run_to_exit_code(action: Callable[[], object]) -> int:
 def _run_command(parsed: argparse.Namespace) -> None:
     # Commands import torch and ray; --help and --version do not wait for them.
     from chatlearn.cli.commands import run_check, run_eval, run_plan, run_train
+    from chatlearn.cli.convert import run_convert
 
-    commands = {"train": run_train, "eval": run_eval, "check": run_check, "plan": run_plan}
+    commands = {
+        "train": run_train,
+        "eval": run_eval,
+        "check": run_check,
+        "plan": run_plan,
+        "convert": run_convert,
+    }
     commands[parsed.command](parsed)
 
 
@@ -79,6 +86,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed, left = parser.parse_known_args(arguments)
     # argparse takes no more of a list once an option stood between its entries.
     stray = [entry for entry in left if entry.startswith("-") or "=" not in entry]
+    stray += left if parsed.command == "convert" else []
     if stray:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     parsed.overrides += left
@@ -114,7 +122,32 @@ def _build_parser() -> argparse.ArgumentParser:
             )
         if name == "plan":
             _add_cluster_arguments(command)
+    _add_convert_arguments(commands)
     return parser
+
+
+def _add_convert_arguments(commands: Any) -> None:
+    text = "turn a model of one format into another"
+    command = commands.add_parser("convert", help=text, description=text)
+    command.add_argument(
+        "source", nargs="?", help="Hugging Face folder, or a model's folder in a checkpoint"
+    )
+    command.add_argument("target", nargs="?", help="the folder to write")
+    command.add_argument("--to", choices=("hf", "megatron", "peft"), help="the target's format")
+    command.add_argument("--verify", action="store_true", help="read back and compare")
+    command.add_argument("--family", help="of a Hugging Face folder, for models made from scratch")
+    command.add_argument(
+        "--like", metavar="DIR", help="Hugging Face folder of the same model, for its config.json"
+    )
+    command.add_argument("--tokenizer", metavar="PATH", help="goes along with the weights")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights")
+    command.add_argument("--max-file-gb", type=float, metavar="GB", help="default: 5")
+    command.add_argument(
+        "--parity-table", action="store_true", help="compare every family with transformers"
+    )
+    command.add_argument("--families", nargs="+", metavar="NAME", help="of the table; default: all")
+    command.add_argument("--json", action="store_true", help="end with one line of JSON")
+    command.set_defaults(overrides=[])
 
 
 def _add_cluster_arguments(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,7 +140,12 @@ def _layout_of(fields: Mapping[str, Any], world_size: int) -> Any:
 def _serve(store_path: str, rank: int, size: int, threads: int, end: Any) -> None:
     import torch
 
+    from megatron_adapters.patches.apply import import_megatron
+
     torch.set_num_threads(threads)
+    # Megatron calls what this torch calls by another name.
+    warnings.simplefilter("ignore", FutureWarning)
+    import_megatron()
     number = 0
     while True:
         try:
