@@ -77,7 +77,7 @@ class FusedAttention(nn.Module):
             query: [tokens, batch, heads, size].
             key: [tokens, batch, groups, size].
             value: [tokens, batch, groups, size].
-            attention_mask: a CacheView, in generation; then the positions have been applied.
+            attention_mask: a CacheView, in generation.
             attn_mask_type: unused.
             attention_bias: must be None.
             packed_seq_params: the plan of a packed stream, without a CacheView; batch is 1.
@@ -103,9 +103,12 @@ class FusedAttention(nn.Module):
     def _attend_packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
-        if plan.cos is not None and plan.sin is not None and self.has_rotary:
-            query = rotate(query, plan.cos, plan.sin, is_interleaved=self.is_interleaved)
-            key = rotate(key, plan.cos, plan.sin, is_interleaved=self.is_interleaved)
+        cos, sin = plan.cos, plan.sin
+        if self.is_windowed and plan.local_cos is not None:
+            cos, sin = plan.local_cos, plan.local_sin
+        if cos is not None and sin is not None and self.has_rotary:
+            query = rotate(query, cos, sin, is_interleaved=self.is_interleaved)
+            key = rotate(key, cos, sin, is_interleaved=self.is_interleaved)
         group = self.context_group
         if group is not None and group.size() > 1:
             key, value = _gather_keys(key, value, group)
@@ -124,6 +127,14 @@ class FusedAttention(nn.Module):
     ) -> torch.Tensor:
         """Packed tokens as one row: [1, heads, packed, size] each, see `CacheView.attend`."""
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        angles = view.local_angles if self.is_windowed else view.angles
+        if angles is not None and self.has_rotary:
+            angles = angles[:, None, None]
+            cos, sin = angles.cos(), angles.sin()
+            query, key = (
+                rotate(t[:, None], cos, sin, is_interleaved=self.is_interleaved)[:, 0]
+                for t in (query, key)
+            )
         packed, groups, size = key.shape
         context = view.attend(
             self.layer_number,
@@ -131,6 +142,7 @@ class FusedAttention(nn.Module):
             key,
             value,
             self.softmax_scale,
+            is_windowed=self.is_windowed,
         )
         return context.view(packed, -1, size).transpose(0, 1)[None]
 

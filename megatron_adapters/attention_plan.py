@@ -83,6 +83,8 @@ class AttentionPlan:
             after another; None: they are in order.
         cos: [tokens, 1, 1, angles] of this rank's positions; None without rotary positions.
         sin: the same.
+        local_cos: as `cos`, in layers with a sliding window; None: the same there.
+        local_sin: the same.
         qkv_format: read by Megatron; not one of its own formats.
         cp_group: read by Megatron.
     """
@@ -93,6 +95,8 @@ class AttentionPlan:
     restore: torch.Tensor | None
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
+    local_cos: torch.Tensor | None = None
+    local_sin: torch.Tensor | None = None
     qkv_format: str = "blocks"
     cp_group: None = None
 

@@ -37,14 +37,21 @@ class DecodeGraphs:
     Args:
         program: without host synchronisation in its passes.
         layer_index: cache layer of each of Megatron's layer numbers.
+        window: of layers with a sliding window, see `CacheView`.
         is_recorded: False: the same filled-up passes, but not as graphs (any device).
     """
 
     def __init__(
-        self, program: StageProgram, layer_index: dict[int, int], *, is_recorded: bool = True
+        self,
+        program: StageProgram,
+        layer_index: dict[int, int],
+        *,
+        window: int | None = None,
+        is_recorded: bool = True,
     ) -> None:
         self._program = program
         self._layer_index = layer_index
+        self._window = window
         self._is_recorded = is_recorded
         self._cache: KVCache | None = None
         self._addresses: tuple[int, ...] = ()
@@ -85,7 +92,9 @@ class DecodeGraphs:
 
     def _run(self, cache: KVCache, size: int, length: int) -> torch.Tensor:
         token_ids, positions, slots = self._inputs[:, :size]
-        view = CacheView.of_rows(cache, self._layer_index, token_ids, positions, slots, length)
+        view = CacheView.of_rows(
+            cache, self._layer_index, token_ids, positions, slots, length, window=self._window
+        )
         hidden = self._program.run_layers(self._program.embed(view), view)
         return self._program.compute_logits(hidden, view)
 

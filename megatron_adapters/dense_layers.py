@@ -57,16 +57,18 @@ def _is_known_layer(layer: Any) -> bool:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_adapters.attention import FusedAttention
+    from megatron_adapters.sandwich_layer import SandwichLayer
 
     attention = layer.self_attention
     parts = [
-        (layer, TransformerLayer),
         (attention, SelfAttention),
         (layer.cross_attention, IdentityOp),
         (layer.mlp, MLP),
         (layer.input_layernorm, FusedNorm),
         (layer.pre_mlp_layernorm, FusedNorm),
     ]
+    if type(layer) not in (TransformerLayer, SandwichLayer):
+        return False
     if not all(type(part) is kind for part, kind in parts):
         return False
     norms = (attention.q_layernorm, attention.k_layernorm)
@@ -102,7 +104,10 @@ TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """The weights of a layer; norms are the modules' own functions."""
+    """The weights of a layer; norms are the modules' own functions.
+
+    `context_norm` and `output_norm` are those behind attention and MLP, which few models have.
+    """
 
     number: int
     attention_norm: TensorFunction
@@ -114,10 +119,15 @@ class DenseLayer:
     mlp_norm: TensorFunction
     fc1: DenseLinear
     fc2: DenseLinear
+    is_windowed: bool
+    context_norm: TensorFunction | None
+    output_norm: TensorFunction | None
 
     @classmethod
     def of(cls, layer: Any) -> DenseLayer:
         """Of Megatron's TransformerLayer."""
+        from megatron_adapters.sandwich_layer import SandwichLayer
+
         attention, mlp = layer.self_attention, layer.mlp
         norms = (attention.q_layernorm, attention.k_layernorm)
         query_norm, key_norm = (
@@ -134,4 +144,10 @@ class DenseLayer:
             layer.pre_mlp_layernorm.forward,
             DenseLinear.of(mlp.linear_fc1),
             DenseLinear.of(mlp.linear_fc2),
+            attention.core_attention.is_windowed,
+            *(
+                (layer.post_self_attn_layernorm.forward, layer.post_mlp_layernorm.forward)
+                if isinstance(layer, SandwichLayer)
+                else (None, None)
+            ),
         )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["SwiGLU", "rms_norm", "rotate", "swiglu"]
+__all__ = ["SwiGLU", "gelu_tanh", "rms_norm", "rotate", "swiglu"]
 
 
 def rms_norm(
@@ -34,7 +34,8 @@ class _RMSNorm(torch.autograd.Function):
         size = hidden.shape[-1]
         norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
         scale = norm.square_().mul_(1.0 / size).add_(eps).rsqrt_()
-        gain = weight + offset if offset else weight
+        gain = weight.float() + offset if offset else weight
+        ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(hidden, gain, scale)
         if hidden.dtype == torch.float32:
             return torch.mul(hidden, scale).mul_(gain)
@@ -53,8 +54,18 @@ class _RMSNorm(torch.autograd.Function):
         slope.addcmul_(normalized, share).mul_(scale)
         weight_gradient = None
         if ctx.needs_input_grad[1]:
-            weight_gradient = normalized.mul_(gradient).reshape(-1, size).sum(0).to(gain.dtype)
+            weight_gradient = (
+                normalized.mul_(gradient).reshape(-1, size).sum(0).to(ctx.weight_dtype)
+            )
         return slope.to(hidden.dtype), weight_gradient, None, None
+
+
+def gelu_tanh(hidden: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh formula.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2.
+    """
+    return functional.gelu(hidden, approximate="tanh")
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:

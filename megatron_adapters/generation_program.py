@@ -8,7 +8,7 @@ themselves, so what weight sync writes counts from the next pass on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -69,10 +69,12 @@ class DenseProgram:
         self._activation: TensorFunction = model.config.activation_func
         final_norm = getattr(model.decoder, "final_layernorm", None)
         self._final_norm: TensorFunction | None = None if final_norm is None else final_norm.forward
-        self._rotary: _Rotary | None = None
-        if getattr(model, "rotary_pos_emb", None) is not None:
-            angles = build_doubled_angles(model.rotary_pos_emb, max_length, is_interleaved=False)
-            self._rotary = _Rotary(angles, _dtype(model))
+        self._rotary = self._local_rotary = None
+        tables = model.build_rotary(max_length, next(model.parameters()).device)
+        if tables is not None:
+            self._rotary = _Rotary(tables.angles, _dtype(model))
+            if tables.local is not None:
+                self._local_rotary = _Rotary(tables.local, _dtype(model))
 
     def embed(self, view: CacheView) -> torch.Tensor:
         """See `StageProgram.embed`."""
@@ -86,6 +88,8 @@ class DenseProgram:
             hidden = functional.embedding(token_ids.masked_fill_(is_other, 0), words.weight)
             hidden.masked_fill_(is_other[:, None], 0.0)
             dist.all_reduce(hidden, group=self._tensor_group)
+        if self._model.embedding_scale is not None:
+            hidden *= self._model.embedding_scale
         if embedding.add_position_embedding:
             hidden += functional.embedding(view.positions, embedding.position_embeddings.weight)
         return hidden
@@ -93,9 +97,15 @@ class DenseProgram:
     def run_layers(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
         """See `StageProgram.run_layers`."""
         angles = None if self._rotary is None else self._rotary.at(view.positions)
+        local = angles
+        if self._local_rotary is not None:
+            local = self._local_rotary.at(view.positions)
         for layer in self._layers:
-            hidden += self._attend(layer, layer.attention_norm(hidden), view, angles)
-            hidden += self._apply_mlp(layer, layer.mlp_norm(hidden))
+            turned = local if layer.is_windowed else angles
+            change = self._attend(layer, layer.attention_norm(hidden), view, turned)
+            hidden += change if layer.context_norm is None else layer.context_norm(change)
+            change = self._apply_mlp(layer, layer.mlp_norm(hidden))
+            hidden += change if layer.output_norm is None else layer.output_norm(change)
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
@@ -126,7 +136,12 @@ class DenseProgram:
         if angles is not None:
             turned = angles.turn(turned)
         context = view.attend(
-            layer.number, turned[:, :, :-1], turned[:, :, -1], value, layer.softmax_scale
+            layer.number,
+            turned[:, :, :-1],
+            turned[:, :, -1],
+            value,
+            layer.softmax_scale,
+            is_windowed=layer.is_windowed,
         )
         return self._project(context, layer.projection)
 
@@ -165,27 +180,26 @@ class ModuleProgram:
 
     def __init__(self, model: Any, max_length: int) -> None:
         self._model = model
-        self._angles: torch.Tensor | None = None
-        if getattr(model, "rotary_pos_emb", None) is not None:
-            self._angles = build_doubled_angles(
-                model.rotary_pos_emb, max_length, is_interleaved=model.config.rotary_interleaved
-            )
+        self._tables = model.build_rotary(max_length, next(model.parameters()).device)
 
     def embed(self, view: CacheView) -> torch.Tensor:
         """See `StageProgram.embed`."""
         hidden = self._model.embedding(
             input_ids=view.token_ids[None], position_ids=view.positions[None]
         )
+        if self._model.embedding_scale is not None:
+            hidden = hidden * self._model.embedding_scale
         return hidden[:, 0]
 
     def run_layers(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
         """See `StageProgram.run_layers`; the last stage's final norm is among the layers."""
         decoder = self._model.decoder
         decoder.set_input_tensor(hidden[:, None])
-        rotary = None
-        if self._angles is not None:
-            rotary = self._angles[view.positions][:, None, None]
-        hidden = decoder(hidden_states=hidden[:, None], attention_mask=view, rotary_pos_emb=rotary)
+        if self._tables is not None:
+            angles = self._tables.angles[view.positions]
+            local = angles if self._tables.local is None else self._tables.local[view.positions]
+            view = replace(view, angles=angles, local_angles=local)
+        hidden = decoder(hidden_states=hidden[:, None], attention_mask=view)
         return hidden[:, 0]
 
     def compute_logits(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
@@ -224,11 +238,12 @@ class _Rotary:
     """Tables of the angles of all positions.
 
     Args:
-        angles: [positions, size] float32, both halves alike.
+        angles: [positions, pairs] float32.
         dtype: of the hidden states.
     """
 
     def __init__(self, angles: torch.Tensor, dtype: torch.dtype) -> None:
+        angles = build_doubled_angles(angles, is_interleaved=False)
         sign = torch.ones_like(angles[0])
         sign[: len(sign) // 2] = -1.0
         self._cosine = angles.cos().to(dtype)[:, None, None]

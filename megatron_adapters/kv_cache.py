@@ -79,6 +79,11 @@ class CacheView:
         bias: [rows, 1, 1, longest], 0 where a row may look, else -inf; None: everywhere.
         groups: the chunks, in the order of their tokens.
         wanted: places of the tokens whose logits are wanted; None: all.
+        window: in layers with a sliding window, how many earlier tokens one sees; None: there are
+            no such layers.
+        angles: [packed, pairs] float32 of rotary positions that the attention core shall apply;
+            None: they have been applied.
+        local_angles: the same for layers with a sliding window.
     """
 
     cache: KVCache
@@ -92,6 +97,9 @@ class CacheView:
     bias: torch.Tensor | None
     groups: tuple[ChunkGroup, ...]
     wanted: torch.Tensor | None
+    window: int | None = None
+    angles: torch.Tensor | None = None
+    local_angles: torch.Tensor | None = None
 
     @classmethod
     def build(
@@ -101,6 +109,8 @@ class CacheView:
         chunks: Sequence[PromptChunk],
         rows: DecodeRows | None,
         device: torch.device,
+        *,
+        window: int | None = None,
     ) -> CacheView:
         """View of a pass."""
         num_rows = 0 if rows is None else rows.token_ids.shape[0]
@@ -136,6 +146,7 @@ class CacheView:
             bias,
             packed.groups,
             wanted,
+            window,
         )
 
     @classmethod
@@ -147,6 +158,8 @@ class CacheView:
         positions: torch.Tensor,
         slots: torch.Tensor,
         longest: int,
+        *,
+        window: int | None = None,
     ) -> CacheView:
         """View of a pass of decoding rows only, whose shapes depend on nothing but the arguments'.
 
@@ -155,7 +168,18 @@ class CacheView:
         bias = row_bias(positions, longest, cache.keys[0].dtype)
         count = token_ids.shape[0]
         return cls(
-            cache, layer_index, token_ids, positions, slots, count, longest, None, bias, (), None
+            cache,
+            layer_index,
+            token_ids,
+            positions,
+            slots,
+            count,
+            longest,
+            None,
+            bias,
+            (),
+            None,
+            window,
         )
 
     def attend(
@@ -165,6 +189,8 @@ class CacheView:
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float | None,
+        *,
+        is_windowed: bool = False,
     ) -> torch.Tensor:
         """Write the new keys and values, and attend to those of the whole prefixes.
 
@@ -174,6 +200,7 @@ class CacheView:
             key: [packed, groups, size].
             value: [packed, groups, size].
             scale: factor of the scores; None: 1 / sqrt(size).
+            is_windowed: the layer has a sliding window.
 
         Returns:
             [packed, heads * size].
@@ -184,20 +211,39 @@ class CacheView:
         self._write(values, value)
         count = self.num_rows
         factor = query.shape[-1] ** -0.5 if scale is None else scale
+        seen = self._window_rows if is_windowed else self._rows
         if not self.groups:
-            return self._attend_rows(query, keys, values, factor)
-        parts = [self._attend_rows(query[:count], keys, values, factor)] if count else []
-        for group in self.groups:
+            return self._attend_rows(query, keys, values, factor, seen)
+        parts = [self._attend_rows(query[:count], keys, values, factor, seen)] if count else []
+        for number, group in enumerate(self.groups):
             at = slice(group.first, group.first + group.num_chunks * group.tokens)
-            parts.append(_attend_chunks(group, query[at], key[at], value[at], keys, values, factor))
+            mask = self._window_masks[number] if is_windowed else group.mask
+            parts.append(
+                _attend_chunks(group, mask, query[at], key[at], value[at], keys, values, factor)
+            )
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @cached_property
-    def _product_bias(self) -> torch.Tensor | None:
-        """`bias` for each row and group, [rows * groups, 1, longest]."""
-        if self.bias is None:
-            return None
-        return self.bias[:, 0].repeat_interleave(self.cache.keys[0].shape[1], 0)
+    def _rows(self) -> _SeenKeys:
+        return _SeenKeys(0, self.longest, self.bias, self.cache.keys[0].shape[1])
+
+    @cached_property
+    def _window_rows(self) -> _SeenKeys:
+        """What rows see of their slots in layers with a sliding window."""
+        window, groups = self.window, self.cache.keys[0].shape[1]
+        if window is None or self.longest <= window + 1:
+            return self._rows
+        if self.column is not None:
+            return _SeenKeys(self.column - window, self.longest, None, groups)
+        positions = self.positions[: self.num_rows]
+        bias = row_bias(positions, self.longest, self.cache.keys[0].dtype, window)
+        return _SeenKeys(0, self.longest, bias, groups)
+
+    @cached_property
+    def _window_masks(self) -> list[torch.Tensor | None]:
+        """The masks of the chunks in layers with a sliding window."""
+        device = self.token_ids.device
+        return [_window_mask(group, self.window, device) for group in self.groups]
 
     def _write(self, cached: torch.Tensor, new: torch.Tensor) -> None:
         count = self.num_rows
@@ -210,36 +256,80 @@ class CacheView:
             cached[self.slots, :, self.positions] = new
 
     def _attend_rows(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        seen: _SeenKeys,
     ) -> torch.Tensor:
         """One token a slot; the query heads of a group are rows of one product with its keys."""
         count, groups, heads, size = query.shape
-        keys, values = keys[:count, :, : self.longest], values[:count, :, : self.longest]
+        keys, values = (t[:count, :, seen.first : seen.stop] for t in (keys, values))
         if query.dtype != torch.float32 or query.device.type != "cpu":
             # The same kernel as without a cache, so that bf16 rounds the same way in both.
             context = functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=self.bias, scale=scale
+                query, keys, values, attn_mask=seen.bias, scale=scale
             )
             return context.reshape(count, groups * heads * size)
         # On a CPU plain products take about half the time of torch's kernel for one token.
         query = query.reshape(count * groups, heads, size)
         keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
-        if self._product_bias is None:
+        if seen.product_bias is None:
             scores = torch.baddbmm(query.new_empty(()), query, keys, beta=0, alpha=scale)
         else:
-            scores = torch.baddbmm(self._product_bias, query, keys, alpha=scale)
+            scores = torch.baddbmm(seen.product_bias, query, keys, alpha=scale)
         return torch.bmm(scores.softmax(-1), values).view(count, groups * heads * size)
 
 
-def row_bias(positions: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:
-    """[rows, 1, 1, longest], 0 up to each row's position, else -inf."""
-    is_hidden = torch.arange(longest, device=positions.device) > positions[:, None]
+@dataclass(frozen=True)
+class _SeenKeys:
+    """Which keys of its slot a decoding row looks at.
+
+    Attributes:
+        first: position of the first key of all rows.
+        stop: position after the last.
+        bias: [rows, 1, 1, keys], 0 where a row may look, else -inf; None: everywhere.
+        num_groups: key-value heads.
+    """
+
+    first: int
+    stop: int
+    bias: torch.Tensor | None
+    num_groups: int
+
+    @cached_property
+    def product_bias(self) -> torch.Tensor | None:
+        """`bias` for each row and group, [rows * groups, 1, keys]."""
+        return None if self.bias is None else self.bias[:, 0].repeat_interleave(self.num_groups, 0)
+
+
+def row_bias(
+    positions: torch.Tensor, longest: int, dtype: torch.dtype, window: int | None = None
+) -> torch.Tensor:
+    """[rows, 1, 1, longest], 0 up to each row's position (and not beyond a window), else -inf."""
+    keys = torch.arange(longest, device=positions.device)
+    is_hidden = keys > positions[:, None]
+    if window is not None:
+        is_hidden |= keys < positions[:, None] - window
     bias = torch.zeros(is_hidden.shape, dtype=dtype, device=positions.device)
     return bias.masked_fill_(is_hidden, float("-inf"))[:, None, None]
 
 
+def _window_mask(
+    group: ChunkGroup, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """[tokens, start + tokens] bool, True where a token may look; None: causal."""
+    end = group.start + group.tokens
+    if window is None or end <= window + 1:
+        return group.mask
+    mask = torch.ones((group.tokens, end), dtype=torch.bool, device=device)
+    return mask.tril(group.start).triu(group.start - window)
+
+
 def _attend_chunks(
     group: ChunkGroup,
+    mask: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -262,8 +352,8 @@ def _attend_chunks(
         query,
         key,
         value,
-        attn_mask=group.mask,
-        is_causal=group.mask is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=heads > 1,
     )

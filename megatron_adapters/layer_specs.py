@@ -2,6 +2,7 @@
 """Which modules a layer is made of: Transformer Engine's where it can run, else our own."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,28 @@ from megatron_adapters.attention import FusedAttention
 from megatron_adapters.fused import SwiGLU
 from megatron_adapters.norm import FusedNorm
 
-__all__ = ["build_block_spec", "has_transformer_engine", "is_transformer_engine_installed"]
+__all__ = [
+    "build_block_spec",
+    "has_transformer_engine",
+    "is_transformer_engine_installed",
+    "needs_own_layers",
+]
 
 
-def has_transformer_engine(device: torch.device) -> bool:
-    """Whether Transformer Engine is installed and the model lives on a GPU."""
-    return device.type == "cuda" and is_transformer_engine_installed()
+def has_transformer_engine(device: torch.device, fields: Mapping[str, Any]) -> bool:
+    """Whether a model's layers are made of Transformer Engine's modules.
+
+    Args:
+        device: where the model lives.
+        fields: its flat Megatron fields.
+    """
+    is_gpu = device.type == "cuda"
+    return is_gpu and is_transformer_engine_installed() and not needs_own_layers(fields)
+
+
+def needs_own_layers(fields: Mapping[str, Any]) -> bool:
+    """Whether a model has parts that are not made of Transformer Engine's modules anywhere."""
+    return bool(fields.get("sandwich_norms") or fields.get("multi_latent_attention"))
 
 
 def is_transformer_engine_installed() -> bool:
@@ -25,13 +42,16 @@ def is_transformer_engine_installed() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def build_block_spec(config: Any, vp_stage: int | None, *, use_te: bool) -> Any:
+def build_block_spec(
+    config: Any, vp_stage: int | None, *, use_te: bool, has_sandwich_norms: bool = False
+) -> Any:
     """The layers of one model chunk and its final norm, as Megatron's TransformerBlockSubmodules.
 
     Args:
         config: Megatron's TransformerConfig.
         vp_stage: the chunk's index within the pipeline stage; None without virtual stages.
         use_te: make the layers of Transformer Engine's modules.
+        has_sandwich_norms: attention and MLP have norms behind them, too.
     """
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -51,6 +71,11 @@ def build_block_spec(config: Any, vp_stage: int | None, *, use_te: bool) -> Any:
         from megatron.core.extensions.transformer_engine import TENorm
 
         norm = TENorm
+    if has_sandwich_norms:
+        from megatron_adapters.sandwich_layer import SandwichLayer
+
+        for layer in layers.values():
+            layer.module = SandwichLayer
     specs = [layers[pattern[number]] for number in numbers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 

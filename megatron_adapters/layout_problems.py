@@ -34,8 +34,6 @@ def find_layout_problems(
     window = fields.get("window_size")
     if window is not None and not _is_window(window):
         problems.append(f"window_size is [tokens back, 0], at least [0, 0], got {window}")
-    if is_generating and window is not None:
-        problems.append("a model that generates has no sliding window yet: leave window_size out")
     has_experts = bool(fields.get("num_moe_experts"))
     if is_trained and has_experts and layout.tp_size > 1 and not fields.get("sequence_parallel"):
         problems.append(

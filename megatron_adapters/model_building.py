@@ -7,7 +7,7 @@ import torch
 
 from chatlearn.parallel.layout import ParallelLayout
 from megatron_adapters.initialization import initialize_weights
-from megatron_adapters.layer_specs import build_block_spec, has_transformer_engine
+from megatron_adapters.layer_specs import build_block_spec
 from megatron_adapters.model_config import MegatronSettings
 from megatron_adapters.parallel_state import read_groups
 from megatron_adapters.weights.architecture import Head
@@ -37,13 +37,17 @@ def build_model(
     from megatron.core.transformer.module import Float16Module
 
     groups = read_groups(layout)
-    use_te = has_transformer_engine(device)
     chunks: list[Any] = []
     for vp_stage in range(layout.vpp_size):
         stage = vp_stage if layout.vpp_size > 1 else None
         is_first = groups.is_first_stage and vp_stage == 0
         is_last = groups.is_last_stage and vp_stage == layout.vpp_size - 1
-        spec = build_block_spec(settings.transformer, stage, use_te=use_te)
+        spec = build_block_spec(
+            settings.transformer,
+            stage,
+            use_te=settings.use_te,
+            has_sandwich_norms=settings.shape.has_sandwich_norms,
+        )
         chunk = _build_chunk(settings, spec, stage, head, is_first=is_first, is_last=is_last)
         chunks.append(chunk.to(device))
     initialize_weights(chunks, settings, seed)
@@ -98,7 +102,8 @@ def _build_chunk(
         parallel_output=True,
         share_embeddings_and_output_weights=shape.is_tied and head == "lm",
         position_embedding_type=shape.position_embedding_type,
-        rotary_base=int(shape.rotary_base),
+        rotary=shape.rotary,
+        embedding_scale=shape.embedding_scale,
         rotary_percent=shape.rotary_percent,
         vp_stage=vp_stage,
     )

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,13 @@ from torch.nn import functional
 from chatlearn.config.model_fields import MODEL_FIELDS
 from chatlearn.errors import ConfigError
 from chatlearn.parallel.layout import ParallelLayout
+from megatron_adapters.fused import gelu_tanh
+from megatron_adapters.layer_specs import has_transformer_engine
+from megatron_adapters.rotary import RotaryOptions
 
 __all__ = ["ModelShape", "MegatronSettings", "build_settings"]
 
+_ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "gelu_tanh": gelu_tanh}
 _REQUIRED = (
     "num_layers",
     "hidden_size",
@@ -33,9 +37,11 @@ class ModelShape:
     padded_vocab_size: int
     max_sequence_length: int
     position_embedding_type: str
-    rotary_base: float
+    rotary: RotaryOptions
     rotary_percent: float
     is_tied: bool
+    embedding_scale: float | None = None
+    has_sandwich_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class MegatronSettings:
         ddp: DistributedDataParallelConfig.
         shape: what GPTModel takes besides.
         schedule: the learning rate schedule's fields.
+        use_te: the layers are Transformer Engine's modules.
     """
 
     transformer: Any
@@ -55,6 +62,7 @@ class MegatronSettings:
     ddp: Any
     shape: ModelShape
     schedule: Mapping[str, Any]
+    use_te: bool = False
 
 
 def build_settings(
@@ -95,7 +103,7 @@ def build_settings(
     dtype = _dtype(fields)
     given = {key: value for key, value in fields.items() if key not in MODEL_FIELDS}
     transformer = {
-        **_transformer_defaults(fields, layout, device, dtype, is_gated=own["swiglu"]),
+        **_transformer_defaults(fields, layout, device, dtype),
         **_of(TransformerConfig, given),
     }
     if is_generating:
@@ -131,7 +139,7 @@ def build_settings(
     if not (has_te and device.type == "cuda") and _is_plain_swiglu(settings.transformer):
         # Megatron's own switch for an activation that is a module; the layer spec has ours.
         settings.transformer.use_te_activation_func = True
-    return settings
+    return replace(settings, use_te=has_transformer_engine(device, fields))
 
 
 def _build(
@@ -159,9 +167,9 @@ def _transformer_defaults(
     layout: ParallelLayout,
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    is_gated: bool,
 ) -> dict[str, Any]:
+    is_gated = fields.get("swiglu", MODEL_FIELDS["swiglu"].default)
+    activation = fields.get("activation") or ("silu" if is_gated else "gelu")
     defaults: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp_size,
         "pipeline_model_parallel_size": layout.pp_size,
@@ -175,7 +183,7 @@ def _transformer_defaults(
         "fp16": dtype == torch.float16,
         "normalization": "RMSNorm",
         "gated_linear_unit": is_gated,
-        "activation_func": functional.silu if is_gated else functional.gelu,
+        "activation_func": _ACTIVATIONS[activation],
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -208,9 +216,13 @@ def _shape(own: Mapping[str, Any], layout: ParallelLayout) -> ModelShape:
         padded_vocab_size=-(-own["vocab_size"] // multiple) * multiple,
         max_sequence_length=own["max_sequence_length"],
         position_embedding_type=own["position_embedding_type"],
-        rotary_base=own["rotary_base"],
+        rotary=RotaryOptions(
+            float(own["rotary_base"]), own["rotary_base_local"], own["rope_scaling"]
+        ),
         rotary_percent=own["rotary_percent"],
         is_tied=not own["untie_embeddings_and_output_weights"],
+        embedding_scale=own["embedding_scale"],
+        has_sandwich_norms=own["sandwich_norms"],
     )
 
 

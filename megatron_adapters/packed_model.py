@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_adapters.attention_plan import AttentionPlan
 from megatron_adapters.packing import PackedBatch
-from megatron_adapters.rotary import build_angles
+from megatron_adapters.rotary import RotaryOptions, RotaryTables
 from megatron_adapters.vocab_parallel import score_tokens
 
 __all__ = ["PackedModel", "ScalarHead"]
@@ -61,14 +61,31 @@ class PackedModel(GPTModel):
     Args:
         real_vocab_size: tokens; the padding beyond them counts as impossible.
         has_scalar_head: one number per token instead of logits.
+        rotary: of the positions, where the model has rotary ones.
+        embedding_scale: factor of the embeddings; None: 1.
         options: GPTModel's.
     """
 
-    def __init__(self, *, real_vocab_size: int, has_scalar_head: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        real_vocab_size: int,
+        has_scalar_head: bool,
+        rotary: RotaryOptions,
+        embedding_scale: float | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        self.rotary = rotary
+        self.embedding_scale: float | None = None
+        if embedding_scale is not None:
+            # Rounded as the embeddings are.
+            self.embedding_scale = torch.tensor(
+                embedding_scale, dtype=self.config.params_dtype
+            ).item()
         self.real_vocab_size = real_vocab_size
         self.has_scalar_head = has_scalar_head
-        self._angles: torch.Tensor | None = None
+        self._tables: RotaryTables | None = None
         if not self.post_process:
             return
         layer: Any = self.output_layer
@@ -90,6 +107,8 @@ class PackedModel(GPTModel):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=batch.token_ids, position_ids=batch.position_ids)
+            if self.embedding_scale is not None:
+                hidden = hidden * self.embedding_scale
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -98,15 +117,28 @@ class PackedModel(GPTModel):
         return self._read(hidden, batch) if self.post_process else hidden
 
     def _with_rotary(self, batch: PackedBatch) -> AttentionPlan:
+        if self._tables is None:
+            self._tables = self.build_rotary(self.max_sequence_length, batch.token_ids.device)
+        if self._tables is None:
+            return batch.plan
+        angles = self._tables.angles[batch.position_ids[0]][:, None, None]
+        plan = replace(batch.plan, cos=angles.cos(), sin=angles.sin())
+        if self._tables.local is None:
+            return plan
+        angles = self._tables.local[batch.position_ids[0]][:, None, None]
+        return replace(plan, local_cos=angles.cos(), local_sin=angles.sin())
+
+    def build_rotary(self, length: int, device: torch.device) -> RotaryTables | None:
+        """The angles of all positions; None where the model has no rotary positions.
+
+        Args:
+            length: positions.
+            device: where the angles lie.
+        """
         rotary = getattr(self, "rotary_pos_emb", None)
         if rotary is None:
-            return batch.plan
-        table = self._angles
-        if table is None:
-            table = build_angles(rotary, self.max_sequence_length)
-            self._angles = table
-        angles = table[batch.position_ids[0]][:, None, None]
-        return replace(batch.plan, cos=angles.cos(), sin=angles.sin())
+            return None
+        return self.rotary.build_tables(2 * len(rotary.inv_freq), length, device)
 
     def _read(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         if self.config.sequence_parallel:

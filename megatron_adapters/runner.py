@@ -67,6 +67,8 @@ class MegatronRunner:
         self._layer_index = {layer.layer_number: at for at, layer in enumerate(layers)}
         self._num_heads = attention.num_query_groups_per_partition
         self._head_size = attention.hidden_size_per_attention_head
+        window = settings.transformer.window_size
+        self._window = window[0] if window else None
         self._cache: KVCache | None = None
         with torch.inference_mode():
             self.program: StageProgram = build_program(model, self.max_length)
@@ -74,7 +76,7 @@ class MegatronRunner:
         self.graphs: DecodeGraphs | None = None
         is_whole = groups.pipeline.size() == 1
         if device.type == "cuda" and is_whole and isinstance(self.program, DenseProgram):
-            self.graphs = DecodeGraphs(self.program, self._layer_index)
+            self.graphs = DecodeGraphs(self.program, self._layer_index, window=self._window)
 
     @torch.inference_mode()
     def reserve(self, num_sequences: int, length: int) -> int:
@@ -109,7 +111,9 @@ class MegatronRunner:
         """See `ModelRunner.forward`."""
         if self.graphs is not None and rows is not None and not chunks:
             return self.graphs.decode(rows)[:, : self.vocab_size].float()
-        view = CacheView.build(self._reserved(), self._layer_index, chunks, rows, self.device)
+        view = CacheView.build(
+            self._reserved(), self._layer_index, chunks, rows, self.device, window=self._window
+        )
         hidden = (
             self.program.embed(view)
             if self._groups.is_first_stage

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatlearn.config.expert_layers import find_expert_layers
 from chatlearn.config.refused_fields import find_refused_fields, why_refused
+from chatlearn.config.rope_scaling import check_rope_scaling
 from chatlearn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["find_bad_fields"]
 
 _CHOICES = {
+    "activation": ("silu", "gelu", "gelu_tanh"),
     "lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     "lr_wsd_decay_style": ("linear", "cosine", "exponential", "minus_sqrt"),
     "moe_token_dispatcher_type": ("alltoall", "allgather"),
@@ -84,6 +86,12 @@ def find_bad_fields(path: str, model: ModelConfig) -> Iterator[str]:
             yield f"{path}: a Megatron model needs {', '.join(missing)}"
     yield from _check_schedule(path, fields)
     yield from _check_rotation(path, fields)
+    yield from check_rope_scaling(path, fields)
+    if fields.get("activation") and fields.get("swiglu") and fields["activation"] != "silu":
+        yield (
+            f"{path}: swiglu has the activation silu, got activation={fields['activation']}: set "
+            "swiglu: false and gated_linear_unit: true"
+        )
     yield from _check_experts(path, fields)
     yield from _check_recompute(path, fields)
 

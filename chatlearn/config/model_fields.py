@@ -19,6 +19,16 @@ MODEL_FIELDS: dict[str, ModelField] = {
     "max_sequence_length": ModelField(("int",), None, "longest prompt and response, tokens"),
     "position_embedding_type": ModelField(("str",), "rope", "rope, learned_absolute or none"),
     "rotary_base": ModelField(("int", "float"), 10000, "base of the rotary frequencies"),
+    "rotary_base_local": ModelField(
+        ("int", "float"), None, "base in layers with a sliding window; unset: `rotary_base`"
+    ),
+    "rope_scaling": ModelField(
+        ("dict",),
+        None,
+        "stretches the positions of layers without a window, in transformers' words: rope_type "
+        "`linear` with factor, or `llama3` with factor, low_freq_factor, high_freq_factor and "
+        "original_max_position_embeddings",
+    ),
     "rotary_percent": ModelField(("float",), 1.0, "share of a head that is rotated"),
     "untie_embeddings_and_output_weights": ModelField(
         ("bool",), True, "the output layer has weights of its own"
@@ -27,6 +37,16 @@ MODEL_FIELDS: dict[str, ModelField] = {
         ("int",), 1, "the vocabulary is padded to a multiple of this times the TP size"
     ),
     "swiglu": ModelField(("bool",), True, "gated SiLU in the MLP; false: GELU"),
+    "activation": ModelField(
+        ("str",),
+        None,
+        "silu, gelu or gelu_tanh in the MLP, with a gate where `swiglu` or `gated_linear_unit` is "
+        "true; unset: silu with swiglu, else gelu",
+    ),
+    "sandwich_norms": ModelField(
+        ("bool",), False, "attention and MLP have a norm behind them, too (Gemma)"
+    ),
+    "embedding_scale": ModelField(("float",), None, "factor of the embeddings (Gemma)"),
     "lr_warmup_steps": ModelField(("int",), 0, "updates of linear warm-up"),
     "lr_decay_steps": ModelField(("int",), None, "updates until `min_lr`; unset: constant"),
     "lr_decay_style": ModelField(

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from chatlearn.data.rows import RowId
-from megatron_adapters import PolicyInference, PolicyReference
+from chatlearn.parallel.sharding import Box
+from megatron_adapters import PolicyInference, PolicyReference, PolicyTrainer
 from megatron_adapters.conversion.worlds import LayoutCase, World, build_module
 from megatron_adapters.model_building import unwrap
 from megatron_adapters.packing import PackedBatch
@@ -32,8 +33,10 @@ __all__ = [
     "layouts_of",
     "make_sequences",
     "measure_family",
+    "measure_gradients",
     "measure_logits",
     "to_json",
+    "transformers_gradients",
     "transformers_logits",
 ]
 
@@ -140,6 +143,54 @@ def _captured_logits(module: Any) -> Iterator[_Seen]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def measure_gradients(
+    folder: str, layout: Mapping[str, Any], sequences: Sequence[torch.Tensor]
+) -> list[tuple[str, Box, torch.Tensor]]:
+    """The gradient of the mean negative log-probability of all tokens but the first ones.
+
+    Returns:
+        What this rank holds: parameter in transformers' naming, box, values.
+    """
+    fields = {"pretrained": folder, "bf16": False, "clip_grad": 0.0, "lr": 0.0, **layout}
+    module = build_module(PolicyTrainer, "policy", fields)
+    module.row_ids = [[RowId(number, 0) for number in range(len(sequences))]]
+    module.train_step(
+        [
+            {
+                "prompt_token_ids": [ids[:1] for ids in sequences],
+                "response_token_ids": [ids[1:] for ids in sequences],
+            }
+        ]
+    )
+    gradients = {
+        f"{number}.{name}": parameter.main_grad
+        for number, chunk in enumerate(module.model)
+        for name, parameter in unwrap(chunk).named_parameters()
+    }
+    return [
+        (shard.key, shard.box, gradients[shard.local_name][shard.local_slices()].clone())
+        for shard in module.weight_shards_in("huggingface")
+        if shard.local_name in gradients
+    ]
+
+
+def transformers_gradients(
+    model: Any, sequences: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The same of a transformers model, by parameter."""
+    model.zero_grad()
+    losses: list[torch.Tensor] = []
+    for ids in sequences:
+        logprobs = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
+        losses.append(-logprobs.gather(-1, ids[1:, None])[:, 0])
+    torch.cat(losses).mean().backward()
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def generate_greedily(

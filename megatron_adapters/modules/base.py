@@ -13,10 +13,7 @@ from chatlearn.models.plain_weights import HUGGINGFACE
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
 from megatron_adapters.batches import Rows, check_token_ids
-from megatron_adapters.layer_specs import (
-    has_transformer_engine,
-    is_transformer_engine_installed,
-)
+from megatron_adapters.layer_specs import is_transformer_engine_installed, needs_own_layers
 from megatron_adapters.layout_problems import find_layout_problems
 from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import MegatronSettings, build_settings
@@ -105,7 +102,7 @@ class MegatronModule(BaseModule):
                 self.weight_tensors(),
                 self.module_args.megatron,
                 head=self.head,
-                use_te=has_transformer_engine(self.device),
+                use_te=self.settings.use_te,
             )
         if self.is_trained:
             self.training = build_training_state(self.name, self.model, self.settings, self.groups)
@@ -157,7 +154,7 @@ class MegatronModule(BaseModule):
         if naming != HUGGINGFACE:
             return super().weight_shards_in(naming)
         renaming = huggingface_renaming(
-            self.module_args.megatron, head=self.head, use_te=has_transformer_engine(self.device)
+            self.module_args.megatron, head=self.head, use_te=self.settings.use_te
         )
         return renaming.apply(self.weight_shards())
 
@@ -195,7 +192,9 @@ class MegatronModule(BaseModule):
             layout,
             head=self.head,
             is_generating=self.use_cache,
-            use_te=is_transformer_engine_installed() and not is_on_cpu,
+            use_te=is_transformer_engine_installed()
+            and not is_on_cpu
+            and not needs_own_layers(config.megatron),
         )
 
     def weight_tensors(self) -> Mapping[str, torch.Tensor]:
@@ -235,7 +234,7 @@ class MegatronModule(BaseModule):
                 head=self.head,
                 family=self.module_args.family,
                 template=self.module_args.pretrained,
-                use_te=has_transformer_engine(self.device),
+                use_te=self.settings.use_te,
             ),
             self.weight_shards(),
             self.weight_tensors(),

@@ -125,6 +125,7 @@ class Architecture:
         has_bias: linear layers have biases.
         has_qkv_bias: the projection to queries, keys and values has one.
         has_norm_bias: LayerNorm, not RMSNorm.
+        has_sandwich_norms: attention and MLP have norms behind them, too.
         has_qk_norm: queries and keys (with latent attention the compressed ones) are normalised.
         is_tied: the output layer is the word embedding.
         use_te: Transformer Engine's modules make the layers.
@@ -146,6 +147,7 @@ class Architecture:
     has_bias: bool
     has_qkv_bias: bool
     has_norm_bias: bool
+    has_sandwich_norms: bool
     has_qk_norm: bool
     is_tied: bool
     use_te: bool
@@ -200,6 +202,7 @@ def read_architecture(
         has_bias=has_bias,
         has_qkv_bias=has_bias or bool(given.get("add_qkv_bias")),
         has_norm_bias=_is_layer_norm(given),
+        has_sandwich_norms=bool(given.get("sandwich_norms")),
         has_qk_norm=bool(given.get("qk_layernorm")),
         use_te=use_te,
         is_tied=head == "lm" and not given["untie_embeddings_and_output_weights"],

@@ -92,6 +92,9 @@ def layer_parameters(model: Architecture, experts: ExpertSizes | None) -> list[P
     else:
         found = _norm(model, "input_layernorm", hidden, before="self_attention.linear_qkv")
         found += _grouped_attention(model, model.attention)
+    if model.has_sandwich_norms:
+        found += _norm(model, "post_self_attn_layernorm", hidden)
+        found += _norm(model, "post_mlp_layernorm", hidden)
     if experts is None:
         found += _norm(model, "pre_mlp_layernorm", hidden, before="mlp.linear_fc1")
         return found + _mlp(model, "mlp.", model.ffn_size)

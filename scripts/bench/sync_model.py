@@ -9,7 +9,7 @@ import torch
 
 from chatlearn.parallel.counter_random import stable_hash
 from megatron_adapters import PolicyReference
-from megatron_adapters.layer_specs import build_block_spec, has_transformer_engine
+from megatron_adapters.layer_specs import build_block_spec
 
 if TYPE_CHECKING:
     from chatlearn.parallel.sharding import TensorShard
@@ -33,7 +33,7 @@ class QuickReference(PolicyReference):
         config.init_method = _leave
         config.output_layer_init_method = _leave
         config.embedding_init_method = _leave
-        use_te = has_transformer_engine(self.device)
+        use_te = self.settings.use_te
         shape = self.settings.shape
         model = GPTModel(
             config=config,

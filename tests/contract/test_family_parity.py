@@ -56,6 +56,40 @@ def export(rank, *args):
     parity.export_again(*args)
 
 
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {
+    "pipeline_model_parallel_size": 2,
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+@pytest.mark.parametrize("layout", [TP2, PP2], ids=["TP 2", "PP 2"])
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_gradients_are_those_of_transformers(ranks, folders, family, layout):
+    folder, model = folders(family)
+    sequences = parity.make_sequences(model.config.vocab_size, count=8, seed=3)
+    expected = parity.transformers_gradients(model, sequences)
+    found = ranks.run(2, gradients, str(folder), layout, sequences)
+    covered = dict.fromkeys(expected, 0)
+    for key, box, values in (entry for rank in found for entry in rank):
+        slices = tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))
+        wanted = expected[key][slices]
+        assert values.view(wanted.shape) == pytest.approx(wanted, abs=1e-3 * scale(expected[key]))
+        covered[key] += values.numel()
+    assert all(count >= expected[key].numel() for key, count in covered.items())
+
+
+def scale(gradient):
+    return max(1e-3, float(gradient.abs().max()))
+
+
+def gradients(rank, *args):
+    del rank
+    return parity.measure_gradients(*args)
+
+
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_greedy_generation_is_that_of_transformers(ranks, folders, family):
     folder, model = folders(family)

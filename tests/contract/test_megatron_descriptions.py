@@ -85,6 +85,7 @@ LAYOUTS = {
     "qk-norm-tp2": (2, {**TP2, "qk_layernorm": True}),
     "biases-learned-positions-tp2-pp2": (4, {**TP2, **PP2, **BIASES, **LEARNED}),
     "gelu-biases-tp2": (2, {**TP2, **BIASES, "swiglu": False}),
+    "sandwich-norms-tp2-pp2": (4, {**TP2, **PP2, **TIED, "sandwich_norms": True}),
     "own-layer-keys-pp2": (2, {**PP2, "hetereogenous_dist_checkpoint": True}),
     "bf16-tp2": (2, {**TP2, **BF16}),
     "ep2": (2, {**MOE, **EP2}),
