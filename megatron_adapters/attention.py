@@ -76,14 +76,14 @@ class FusedAttention(nn.Module):
         Args:
             query: [tokens, batch, heads, size].
             key: [tokens, batch, groups, size].
-            value: [tokens, batch, groups, size].
+            value: [tokens, batch, groups, value size].
             attention_mask: a CacheView, in generation.
             attn_mask_type: unused.
             attention_bias: must be None.
             packed_seq_params: the plan of a packed stream, without a CacheView; batch is 1.
 
         Returns:
-            [tokens, batch, heads * size].
+            [tokens, batch, heads * value size].
         """
         del attn_mask_type
         if attention_bias is not None:
@@ -127,15 +127,14 @@ class FusedAttention(nn.Module):
     ) -> torch.Tensor:
         """Packed tokens as one row: [1, heads, packed, size] each, see `CacheView.attend`."""
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-        angles = view.local_angles if self.is_windowed else view.angles
-        if angles is not None and self.has_rotary:
-            angles = angles[:, None, None]
-            cos, sin = angles.cos(), angles.sin()
+        cos, sin = view.local_turns if self.is_windowed else view.turns
+        if cos is not None and sin is not None and self.has_rotary:
             query, key = (
                 rotate(t[:, None], cos, sin, is_interleaved=self.is_interleaved)[:, 0]
                 for t in (query, key)
             )
         packed, groups, size = key.shape
+        value_size = value.shape[-1]
         context = view.attend(
             self.layer_number,
             query.reshape(packed, groups, -1, size),
@@ -144,7 +143,7 @@ class FusedAttention(nn.Module):
             self.softmax_scale,
             is_windowed=self.is_windowed,
         )
-        return context.view(packed, -1, size).transpose(0, 1)[None]
+        return context.view(packed, -1, value_size).transpose(0, 1)[None]
 
 
 def has_window(config: Any, layer_number: int) -> bool:
@@ -171,14 +170,14 @@ def attend(
     Args:
         query: [tokens, 1, heads, size], this rank's.
         key: [stream, 1, groups, size], of all context-parallel ranks, rank after rank.
-        value: as `key`.
+        value: [stream, 1, groups, value size].
         plan: who attends to whom.
         is_windowed: use the sliding window that the plan was made for.
         dropout: of the attention weights.
         scale: factor of the scores; None: 1 / sqrt(size).
 
     Returns:
-        [tokens, 1, heads * size].
+        [tokens, 1, heads * value size].
     """
     outputs: list[torch.Tensor] = []
     parts = zip(
@@ -200,7 +199,7 @@ def attend(
             enable_gqa=keys.shape[1] != queries.shape[1],
         )
         outputs.append(context.transpose(1, 2).reshape(block.batch * block.num_queries, -1))
-    heads, size = query.shape[-2:]
+    heads, size = query.shape[-2], value.shape[-1]
     if not outputs:
         return query.new_zeros((len(query), 1, heads * size))
     flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -239,6 +238,9 @@ def _gather_keys(
     """Keys and values of all context-parallel ranks, in the order of the ranks."""
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+    if key.shape[-1] != value.shape[-1]:
+        gather: Any = gather_from_sequence_parallel_region
+        return gather(key.contiguous(), group=group), gather(value.contiguous(), group=group)
     both = torch.cat([key, value], dim=2)
     gathered: Any = gather_from_sequence_parallel_region(both, group=group)
     groups = key.shape[2]

@@ -196,9 +196,9 @@ class ModuleProgram:
         decoder = self._model.decoder
         decoder.set_input_tensor(hidden[:, None])
         if self._tables is not None:
-            angles = self._tables.angles[view.positions]
-            local = angles if self._tables.local is None else self._tables.local[view.positions]
-            view = replace(view, angles=angles, local_angles=local)
+            turns = self._tables.turns_at(view.positions)
+            local = self._tables.local_turns_at(view.positions)
+            view = replace(view, turns=turns, local_turns=local or turns)
         hidden = decoder(hidden_states=hidden[:, None], attention_mask=view)
         return hidden[:, 0]
 

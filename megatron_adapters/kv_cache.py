@@ -19,6 +19,8 @@ from megatron_adapters.packed_chunks import ChunkGroup, PackedChunks
 
 __all__ = ["CacheView", "KVCache"]
 
+Turns = tuple[torch.Tensor | None, torch.Tensor | None]
+
 
 class KVCache:
     """Preallocated keys and values of this rank's layers and key-value heads.
@@ -31,7 +33,8 @@ class KVCache:
         num_slots: sequences in flight.
         length: tokens of a slot.
         num_heads: key-value heads of this rank.
-        head_size: length of a head.
+        key_size: length of a head's keys.
+        value_size: length of its values.
         dtype: of keys and values.
         device: where they lie.
     """
@@ -42,25 +45,29 @@ class KVCache:
         num_slots: int,
         length: int,
         num_heads: int,
-        head_size: int,
+        key_size: int,
+        value_size: int,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.num_slots = num_slots
         self.length = length
-        shape = (num_layers, 2, num_slots + 2, num_heads, length, head_size)
+        shape = (num_layers, num_slots + 2, num_heads, length)
         # Zeros, for what a mask hides still takes part with weight 0, and must be finite.
-        self._all = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys = [layer[0] for layer in self._all]
-        self.values = [layer[1] for layer in self._all]
+        self._all = [
+            torch.zeros((*shape, size), dtype=dtype, device=device)
+            for size in (key_size, value_size)
+        ]
+        self.keys, self.values = (list(both) for both in self._all)
 
     def copy(self, copies: Sequence[SlotCopy]) -> None:
         """Copy between slots, one after the other."""
         for copy in copies:
             end = copy.target + copy.num_targets
-            source = self._all[:, :, copy.source : copy.source + 1, :, : copy.length]
-            self._all[:, :, copy.target : end, :, : copy.length] = source
+            for held in self._all:
+                source = held[:, copy.source : copy.source + 1, :, : copy.length]
+                held[:, copy.target : end, :, : copy.length] = source
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,9 @@ class CacheView:
         wanted: places of the tokens whose logits are wanted; None: all.
         window: in layers with a sliding window, how many earlier tokens one sees; None: there are
             no such layers.
-        angles: [packed, pairs] float32 of rotary positions that the attention core shall apply;
-            None: they have been applied.
-        local_angles: the same for layers with a sliding window.
+        turns: cosines and sines of rotary positions that the layers shall apply, [packed, 1, 1,
+            pairs] float32 each; None: they have been applied.
+        local_turns: the same for layers with a sliding window.
     """
 
     cache: KVCache
@@ -98,8 +105,8 @@ class CacheView:
     groups: tuple[ChunkGroup, ...]
     wanted: torch.Tensor | None
     window: int | None = None
-    angles: torch.Tensor | None = None
-    local_angles: torch.Tensor | None = None
+    turns: Turns = (None, None)
+    local_turns: Turns = (None, None)
 
     @classmethod
     def build(
@@ -198,12 +205,12 @@ class CacheView:
             layer_number: Megatron's, counted from 1 over the whole model.
             query: [packed, groups, heads of a group, size].
             key: [packed, groups, size].
-            value: [packed, groups, size].
+            value: [packed, groups, value size].
             scale: factor of the scores; None: 1 / sqrt(size).
             is_windowed: the layer has a sliding window.
 
         Returns:
-            [packed, heads * size].
+            [packed, heads * value size].
         """
         layer = self.layer_index[layer_number]
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -271,7 +278,7 @@ class CacheView:
             context = functional.scaled_dot_product_attention(
                 query, keys, values, attn_mask=seen.bias, scale=scale
             )
-            return context.reshape(count, groups * heads * size)
+            return context.reshape(count, -1)
         # On a CPU plain products take about half the time of torch's kernel for one token.
         query = query.reshape(count * groups, heads, size)
         keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
@@ -279,7 +286,7 @@ class CacheView:
             scores = torch.baddbmm(query.new_empty(()), query, keys, beta=0, alpha=scale)
         else:
             scores = torch.baddbmm(seen.product_bias, query, keys, alpha=scale)
-        return torch.bmm(scores.softmax(-1), values).view(count, groups * heads * size)
+        return torch.bmm(scores.softmax(-1), values).view(count, -1)
 
 
 @dataclass(frozen=True)
@@ -337,7 +344,7 @@ def _attend_chunks(
     values: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """[chunks * tokens, heads * size]; chunks at their prompt's beginning need no cache."""
+    """[chunks * tokens, heads * value size]; chunks at their prompt's beginning need no cache."""
     shape = (group.num_chunks, group.tokens)
     num_groups, heads, size = query.shape[1:]
     query = query.reshape(*shape, num_groups * heads, size).transpose(1, 2)
@@ -347,7 +354,7 @@ def _attend_chunks(
         value = values[group.slot : group.slot + 1, :, :end]
     else:
         key = key.reshape(*shape, num_groups, size).transpose(1, 2)
-        value = value.reshape(*shape, num_groups, size).transpose(1, 2)
+        value = value.reshape(*shape, num_groups, -1).transpose(1, 2)
     context = functional.scaled_dot_product_attention(
         query,
         key,
@@ -357,4 +364,4 @@ def _attend_chunks(
         scale=scale,
         enable_gqa=heads > 1,
     )
-    return context.transpose(1, 2).reshape(shape[0] * shape[1], num_groups * heads * size)
+    return context.transpose(1, 2).reshape(shape[0] * shape[1], -1)

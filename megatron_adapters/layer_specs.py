@@ -90,6 +90,7 @@ def _build_layer_spec(config: Any, *, has_experts: bool, use_te: bool) -> Any:
         "num_experts": config.num_moe_experts if has_experts else None,
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
     }
     if use_te:
         layer = get_gpt_layer_with_transformer_engine_spec(**options)
@@ -107,7 +108,13 @@ def _use_own_parts(layer: Any, config: Any) -> None:
     parts.input_layernorm = FusedNorm
     parts.pre_mlp_layernorm = FusedNorm
     attention = replace(parts.self_attention.submodules, core_attention=FusedAttention)
-    if config.qk_layernorm:
+    if config.multi_latent_attention:
+        from megatron_adapters.latent_attention import LatentAttention
+
+        parts.self_attention.module = LatentAttention
+        if config.qk_layernorm:
+            attention = replace(attention, q_layernorm=FusedNorm, kv_layernorm=FusedNorm)
+    elif config.qk_layernorm:
         attention = replace(attention, q_layernorm=FusedNorm, k_layernorm=FusedNorm)
     parts.self_attention.submodules = attention
     if config.use_te_activation_func:

@@ -15,7 +15,7 @@ from chatlearn.errors import ConfigError
 from chatlearn.parallel.layout import ParallelLayout
 from megatron_adapters.fused import gelu_tanh
 from megatron_adapters.layer_specs import has_transformer_engine
-from megatron_adapters.rotary import RotaryOptions
+from megatron_adapters.rotary import RotaryOptions, Yarn
 
 __all__ = ["ModelShape", "MegatronSettings", "build_settings"]
 
@@ -91,7 +91,6 @@ def build_settings(
     """
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     missing = [key for key in _REQUIRED if fields.get(key) is None]
     if missing:
@@ -104,7 +103,7 @@ def build_settings(
     given = {key: value for key, value in fields.items() if key not in MODEL_FIELDS}
     transformer = {
         **_transformer_defaults(fields, layout, device, dtype),
-        **_of(TransformerConfig, given),
+        **_of(_transformer_class(fields), given),
     }
     if is_generating:
         transformer["sequence_parallel"] = False
@@ -151,15 +150,24 @@ def _build(
 ) -> MegatronSettings:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
+    config = _transformer_class(transformer)(**transformer)
     return MegatronSettings(
-        TransformerConfig(**transformer),
+        config,
         OptimizerConfig(**optimizer),
         DistributedDataParallelConfig(**ddp),
-        _shape(own, layout),
+        _shape(own, layout, config),
         {key: value for key, value in own.items() if key.startswith("lr_")},
     )
+
+
+def _transformer_class(fields: Mapping[str, Any]) -> Any:
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
+
+    return MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
 
 
 def _transformer_defaults(
@@ -209,7 +217,20 @@ def _is_plain_swiglu(config: Any) -> bool:
     return is_gated_silu and is_plain and not config.bias_activation_fusion
 
 
-def _shape(own: Mapping[str, Any], layout: ParallelLayout) -> ModelShape:
+def _yarn(config: Any) -> Yarn | None:
+    if not config.multi_latent_attention or config.rope_type != "yarn":
+        return None
+    return Yarn(
+        config.rotary_scaling_factor,
+        config.original_max_position_embeddings,
+        config.beta_fast,
+        config.beta_slow,
+        config.mscale,
+        config.mscale_all_dim,
+    )
+
+
+def _shape(own: Mapping[str, Any], layout: ParallelLayout, transformer: Any) -> ModelShape:
     multiple = own["make_vocab_size_divisible_by"] * layout.tp_size
     return ModelShape(
         vocab_size=own["vocab_size"],
@@ -217,7 +238,10 @@ def _shape(own: Mapping[str, Any], layout: ParallelLayout) -> ModelShape:
         max_sequence_length=own["max_sequence_length"],
         position_embedding_type=own["position_embedding_type"],
         rotary=RotaryOptions(
-            float(own["rotary_base"]), own["rotary_base_local"], own["rope_scaling"]
+            float(own["rotary_base"]),
+            own["rotary_base_local"],
+            own["rope_scaling"],
+            _yarn(transformer),
         ),
         rotary_percent=own["rotary_percent"],
         is_tied=not own["untie_embeddings_and_output_weights"],

@@ -121,12 +121,11 @@ class PackedModel(GPTModel):
             self._tables = self.build_rotary(self.max_sequence_length, batch.token_ids.device)
         if self._tables is None:
             return batch.plan
-        angles = self._tables.angles[batch.position_ids[0]][:, None, None]
-        plan = replace(batch.plan, cos=angles.cos(), sin=angles.sin())
-        if self._tables.local is None:
-            return plan
-        angles = self._tables.local[batch.position_ids[0]][:, None, None]
-        return replace(plan, local_cos=angles.cos(), local_sin=angles.sin())
+        positions = batch.position_ids[0]
+        cos, sin = self._tables.turns_at(positions)
+        plan = replace(batch.plan, cos=cos, sin=sin)
+        local = self._tables.local_turns_at(positions)
+        return plan if local is None else replace(plan, local_cos=local[0], local_sin=local[1])
 
     def build_rotary(self, length: int, device: torch.device) -> RotaryTables | None:
         """The angles of all positions; None where the model has no rotary positions.
@@ -135,6 +134,9 @@ class PackedModel(GPTModel):
             length: positions.
             device: where the angles lie.
         """
+        config: Any = self.config
+        if config.multi_latent_attention:
+            return self.rotary.build_tables(config.qk_pos_emb_head_dim, length, device)
         rotary = getattr(self, "rotary_pos_emb", None)
         if rotary is None:
             return None

@@ -15,6 +15,7 @@ import torch
 __all__ = [
     "RotaryOptions",
     "RotaryTables",
+    "Yarn",
     "build_angles",
     "build_doubled_angles",
     "scale_frequencies",
@@ -29,11 +30,13 @@ class RotaryOptions:
         base: of the frequencies.
         local_base: in layers with a sliding window; None: the same as elsewhere.
         scaling: of the frequencies in the other layers, see `scale_frequencies`; None: none.
+        yarn: another scaling, of multi-latent attention; None: none.
     """
 
     base: float
     local_base: float | None = None
     scaling: Mapping[str, Any] | None = None
+    yarn: "Yarn | None" = None
 
     def build_tables(self, size: int, length: int, device: torch.device) -> "RotaryTables":
         """The angles of all positions.
@@ -49,7 +52,10 @@ class RotaryOptions:
         local = None
         if self.local_base is not None:
             local = build_angles(build_frequencies(self.local_base, size), length).to(device)
-        return RotaryTables(build_angles(frequencies, length).to(device), local)
+        scale = 1.0
+        if self.yarn is not None:
+            frequencies, scale = self.yarn.stretch(self.base, frequencies), self.yarn.turn_scale
+        return RotaryTables(build_angles(frequencies, length).to(device), local, scale)
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,69 @@ class RotaryTables:
     Attributes:
         angles: of layers without a sliding window.
         local: of those with one; None: the same.
+        scale: factor of the cosines and sines (YaRN).
     """
 
     angles: torch.Tensor
     local: torch.Tensor | None
+    scale: float = 1.0
+
+    def turns_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of [tokens] positions, [tokens, 1, 1, pairs] each."""
+        return _turns(self.angles[positions], self.scale)
+
+    def local_turns_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same in layers with a sliding window; None: it is the same."""
+        return None if self.local is None else _turns(self.local[positions], 1.0)
+
+
+def _turns(angles: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = angles[:, None, None].cos(), angles[:, None, None].sin()
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN: long waves are stretched, short ones are not, those between partly.
+
+    Source: Peng et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4.
+
+    Attributes:
+        factor: by which the context grows.
+        length: of the context that the model was first trained on.
+        beta_fast: turns within that context of the shortest wave that is stretched.
+        beta_slow: turns of the longest wave that is not wholly stretched.
+        mscale: with `mscale_all_dim` the factor of cosines and sines.
+        mscale_all_dim: see there; Megatron scales the scores by it, too.
+    """
+
+    factor: float
+    length: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+    @property
+    def turn_scale(self) -> float:
+        """Factor of cosines and sines."""
+        return self._attention(self.mscale) / self._attention(self.mscale_all_dim)
+
+    def stretch(self, base: float, frequencies: torch.Tensor) -> torch.Tensor:
+        """The frequencies, [pairs] float32, of the longer context."""
+        pairs = len(frequencies)
+
+        def pair_of(turns: float) -> float:
+            return 2 * pairs * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low = max(math.floor(pair_of(self.beta_fast)), 0)
+        high = min(math.ceil(pair_of(self.beta_slow)), 2 * pairs - 1)
+        width = high - low if high != low else 0.001
+        share = ((torch.arange(pairs, dtype=torch.float32) - low) / width).clamp(0, 1)
+        return frequencies / self.factor * share + frequencies * (1 - share)
+
+    def _attention(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
 def build_frequencies(base: float, size: int) -> torch.Tensor:

@@ -66,7 +66,9 @@ class MegatronRunner:
         attention = layers[0].self_attention
         self._layer_index = {layer.layer_number: at for at, layer in enumerate(layers)}
         self._num_heads = attention.num_query_groups_per_partition
-        self._head_size = attention.hidden_size_per_attention_head
+        # Of latent attention, keys are longer than values.
+        self._key_size = attention.key_hidden_size
+        self._value_size = attention.val_hidden_size
         window = settings.transformer.window_size
         self._window = window[0] if window else None
         self._cache: KVCache | None = None
@@ -95,7 +97,8 @@ class MegatronRunner:
                 num_slots,
                 length,
                 self._num_heads,
-                self._head_size,
+                self._key_size,
+                self._value_size,
                 dtype=self._dtype,
                 device=self.device,
             )
@@ -165,7 +168,8 @@ class MegatronRunner:
         return int(whole * self._memory_share)
 
     def _token_bytes(self) -> int:
-        numbers = 2 * len(self._layer_index) * self._num_heads * self._head_size
+        size = self._key_size + self._value_size
+        numbers = len(self._layer_index) * self._num_heads * size
         return numbers * self._dtype.itemsize
 
     def _least(self, number: int) -> int:

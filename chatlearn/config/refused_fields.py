@@ -19,7 +19,6 @@ _CONTEXT = "keys and values are gathered; set context_parallel_size only"
 _FSDP = "use use_distributed_optimizer"
 _GENERATION = "generation has a key-value cache of its own; see generation"
 _HYBRID = "only attention layers are built; leave it out"
-_LATENT = "multi-latent attention is not there yet; leave it out"
 _LOSS = "losses are computed without Megatron's; leave it out"
 _NORM = "the norm is torch's or Transformer Engine's; leave it out"
 _OFFLOAD = "the optimizer stays on the device; use use_distributed_optimizer"
@@ -47,9 +46,7 @@ REFUSED_FIELDS: dict[str, str] = {
     "async_tensor_model_parallel_allreduce": "Megatron-Core ignores it; leave it out",
     "barrier_with_L1_time": "timeline.json in the run folder shows every stage",
     "batch_invariant_mode": "use runtime.deterministic",
-    "beta_fast": _LATENT,
-    "beta_slow": _LATENT,
-    "cache_mla_latents": _LATENT,
+    "cache_mla_latents": _GENERATION,
     "calculate_per_token_loss": "losses are already means over the global batch's tokens",
     "cp_comm_type": _CONTEXT,
     "cross_entropy_fusion_impl": _LOSS,
@@ -80,7 +77,6 @@ REFUSED_FIELDS: dict[str, str] = {
     "is_hybrid_model": _HYBRID,
     "keep_fp8_transpose_cache": _FSDP,
     "kitchen_attention_backend": "leave it out",
-    "kv_lora_rank": _LATENT,
     "log_max_attention_logit": "it is not reported; leave it out",
     "log_num_zeros_in_grad": "it is not reported; leave it out",
     "loss_scale_window": _PRECISION,
@@ -102,15 +98,11 @@ REFUSED_FIELDS: dict[str, str] = {
     "moe_token_dropping": "use moe_expert_capacity_factor",
     "moe_use_legacy_grouped_gemm": "use moe_grouped_gemm",
     "mrope_section": "positions are rope, learned_absolute or none; leave it out",
-    "mscale": _LATENT,
-    "mscale_all_dim": _LATENT,
-    "multi_latent_attention": _LATENT,
     "num_distributed_optimizer_instances": "there is one; leave it out",
     "num_layers_at_end_in_bf16": _PRECISION,
     "num_layers_at_start_in_bf16": _PRECISION,
     "optimizer_cpu_offload": _OFFLOAD,
     "optimizer_offload_fraction": _OFFLOAD,
-    "original_max_position_embeddings": _LATENT,
     "outer_dp_sharding_strategy": _FSDP,
     "overlap_cpu_optimizer_d2h_h2d": _OFFLOAD,
     "overlap_moe_expert_parallel_comm": _OVERLAP,
@@ -121,13 +113,8 @@ REFUSED_FIELDS: dict[str, str] = {
     "pin_cpu_params": _OFFLOAD,
     "pipeline_model_parallel_comm_backend": "it is NCCL on GPUs and gloo on CPUs; leave it out",
     "preserve_fp32_weights": _FSDP,
-    "q_lora_rank": _LATENT,
-    "qk_head_dim": _LATENT,
     "qk_l2_norm": "use qk_layernorm",
-    "qk_pos_emb_head_dim": _LATENT,
     "reuse_grad_buf_for_mxfp8_param_ag": _PRECISION,
-    "rope_type": _LATENT,
-    "rotary_scaling_factor": "use rotary_base",
     "suggested_communication_unit_size": _FSDP,
     "symmetric_ar_type": _GENERATION,
     "tp_only_amax_red": _PRECISION,
@@ -142,7 +129,33 @@ REFUSED_FIELDS: dict[str, str] = {
     "use_te_activation_func": "leave it out",
     "use_te_rng_tracker": "leave it out",
     "use_torch_optimizer_for_cpu_offload": _OFFLOAD,
-    "v_head_dim": _LATENT,
+}
+# What only multi-latent attention has.
+_LATENT_FIELDS = frozenset(
+    {
+        "beta_fast",
+        "beta_slow",
+        "kv_lora_rank",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "q_lora_rank",
+        "qk_head_dim",
+        "qk_pos_emb_head_dim",
+        "rope_type",
+        "rotary_scaling_factor",
+        "v_head_dim",
+    }
+)
+# What it does not have.
+_NOT_LATENT = {
+    "add_bias_linear": "its projections have no biases; leave it out",
+    "add_qkv_bias": "its projections have no biases; leave it out",
+    "kv_channels": "use qk_head_dim and v_head_dim",
+    "num_query_groups": "each head has keys of its own; leave it out",
+    "rope_scaling": "use rope_type: yarn",
+    "rotary_interleaved": "neighbours are always turned together; leave it out",
+    "window_size": "it has no window; leave it out",
 }
 # These two are so already; any other value would have no effect.
 _FIXED: dict[str, tuple[object, str]] = {
@@ -170,7 +183,12 @@ def find_refused_fields(path: str, fields: Mapping[str, Any]) -> Iterator[str]:
 
     A field that is switched off (null, false, 0) is no wish and stays.
     """
+    is_latent = bool(fields.get("multi_latent_attention"))
     for name, value in fields.items():
+        if name in _LATENT_FIELDS and value and not is_latent:
+            yield f"{path}: {name} is for multi_latent_attention: true"
+        if name in _NOT_LATENT and value and is_latent:
+            yield f"{path}: {name} with multi_latent_attention: {_NOT_LATENT[name]}"
         remedy = why_refused(name)
         if remedy is not None and value:
             yield f"{path}: {name} is not supported yet: {remedy}"

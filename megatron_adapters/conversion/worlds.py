@@ -128,10 +128,12 @@ def _layout_of(fields: Mapping[str, Any], world_size: int) -> Any:
 
     tp = fields.get("tensor_model_parallel_size", 1)
     pp = fields.get("pipeline_model_parallel_size", 1)
+    cp = fields.get("context_parallel_size", 1)
     return ParallelLayout(
         tp_size=tp,
         pp_size=pp,
-        dp_size=world_size // (tp * pp),
+        dp_size=world_size // (tp * pp * cp),
+        cp_size=cp,
         ep_size=fields.get("expert_model_parallel_size", 1),
         etp_size=fields.get("expert_tensor_parallel_size"),
     )

@@ -71,10 +71,12 @@ def apply_patches(device: torch.device) -> None:
         cpu_random,
         cpu_tensor_kind,
         cpu_torch,
+        latent_attention,
     )
 
     core.__dict__[_MARK] = True
     adam_state.apply()
+    latent_attention.apply()
     if device.type != "cpu":
         return
     cpu_tensor_kind.apply()

@@ -65,13 +65,21 @@ PP2 = {
 }
 
 
-@pytest.mark.parametrize("layout", [TP2, PP2], ids=["TP 2", "PP 2"])
-@pytest.mark.parametrize("family", TINY_MODELS)
+CP2 = {"context_parallel_size": 2}
+GRADIENT_CASES = [
+    *((family, name) for family in TINY_MODELS for name in ("TP 2", "PP 2")),
+    ("gemma3", "CP 2"),
+    ("deepseek_v3", "CP 2"),
+]
+LAYOUTS = {"TP 2": TP2, "PP 2": PP2, "CP 2": CP2}
+
+
+@pytest.mark.parametrize(("family", "layout"), GRADIENT_CASES)
 def test_gradients_are_those_of_transformers(ranks, folders, family, layout):
     folder, model = folders(family)
     sequences = parity.make_sequences(model.config.vocab_size, count=8, seed=3)
     expected = parity.transformers_gradients(model, sequences)
-    found = ranks.run(2, gradients, str(folder), layout, sequences)
+    found = ranks.run(2, gradients, str(folder), LAYOUTS[layout], sequences)
     covered = dict.fromkeys(expected, 0)
     for key, box, values in (entry for rank in found for entry in rank):
         slices = tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))
