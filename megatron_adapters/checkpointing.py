@@ -12,7 +12,14 @@ from megatron_adapters.model_building import unwrap
 from megatron_adapters.patches.adam_state import allocate_state, separate_steps
 from megatron_adapters.training import TrainingState
 
-__all__ = ["build_strategy", "has_checkpoint", "load_training", "load_weights", "save_model"]
+__all__ = [
+    "build_strategy",
+    "has_adapters",
+    "has_checkpoint",
+    "load_training",
+    "load_weights",
+    "save_model",
+]
 
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -173,6 +180,15 @@ def build_strategy() -> Any:
             return True
 
     return TorchWriter("torch_dist", 1)
+
+
+def has_adapters(folder: str) -> bool:
+    """Whether a checkpoint holds low-rank adapters."""
+    from megatron.core import dist_checkpointing
+
+    if not has_checkpoint(folder):
+        return False
+    return any(".lora_A" in key for key in dist_checkpointing.load_tensors_metadata(folder))
 
 
 def saved_shape(folder: str, key: str) -> tuple[int, ...] | None:

@@ -7,7 +7,7 @@ from chatlearn.errors import ConfigError
 from chatlearn.parallel.layout import ParallelLayout
 from megatron_adapters.weights.pipeline_split import split_layers
 
-__all__ = ["find_layout_problems"]
+__all__ = ["find_layout_problems", "find_lora_problems"]
 
 
 def find_layout_problems(
@@ -52,6 +52,39 @@ def find_layout_problems(
             split_layers(fields, layout)
         except ConfigError as error:
             problems.append(str(error))
+    return tuple(problems)
+
+
+def find_lora_problems(
+    fields: Mapping[str, Any], layout: ParallelLayout, *, is_trained: bool
+) -> tuple[str, ...]:
+    """A line for each reason why a model cannot have adapters.
+
+    Args:
+        fields: the flat Megatron fields of one model.
+        layout: of one replica.
+        is_trained: the model computes gradients.
+    """
+    problems: list[str] = []
+    if not is_trained:
+        problems.append(
+            "lora is for a trained model; the inference model gets merged weights: leave it out"
+        )
+    if fields.get("multi_latent_attention"):
+        problems.append("lora with multi_latent_attention is not supported yet: leave it out")
+    groups = fields.get("num_query_groups") or fields.get("num_attention_heads") or 0
+    if groups and groups % layout.tp_size:
+        problems.append(
+            f"lora needs num_query_groups={groups} to be a multiple of "
+            f"tensor_model_parallel_size={layout.tp_size}"
+        )
+    etp_size = layout.tp_size if layout.etp_size is None else layout.etp_size
+    if fields.get("num_moe_experts") and etp_size > 1:
+        problems.append(f"lora on experts needs expert_tensor_parallel_size: 1, got {etp_size}")
+    if fields.get("moe_grouped_gemm"):
+        problems.append("lora needs moe_grouped_gemm: false")
+    if fields.get("attention_output_gate"):
+        problems.append("lora with attention_output_gate is not supported: leave it out")
     return tuple(problems)
 
 

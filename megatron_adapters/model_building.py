@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from chatlearn.config.schema import LoraConfig
 from chatlearn.parallel.layout import ParallelLayout
 from megatron_adapters.initialization import initialize_weights
 from megatron_adapters.layer_specs import build_block_spec
@@ -23,6 +24,7 @@ def build_model(
     head: Head,
     seed: int,
     is_trained: bool,
+    lora: LoraConfig | None = None,
 ) -> list[Any]:
     """The model chunks of this rank (several with virtual stages), with initial values.
 
@@ -33,6 +35,7 @@ def build_model(
         head: `lm`: logits; `scalar`: one number per token.
         seed: of the initial values, which depend on nothing else about the run or the layout.
         is_trained: wrap the chunks for gradient reduction over data-parallel ranks.
+        lora: train adapters instead of the weights; None: the weights.
     """
     from megatron.core.transformer.module import Float16Module
 
@@ -48,9 +51,16 @@ def build_model(
             use_te=settings.use_te,
             has_sandwich_norms=settings.shape.has_sandwich_norms,
         )
+        if lora is not None:
+            _adapt(spec, settings, lora)
         chunk = _build_chunk(settings, spec, stage, head, is_first=is_first, is_last=is_last)
         chunks.append(chunk.to(device))
     initialize_weights(chunks, settings, seed)
+    if lora is not None:
+        _freeze_all_but_adapters(chunks)
+        from megatron_adapters.lora.places import initialize_adapters
+
+        initialize_adapters(chunks, seed)
     if settings.transformer.bf16 or settings.transformer.fp16:
         chunks = [Float16Module(settings.transformer, chunk) for chunk in chunks]
     if is_trained:
@@ -76,6 +86,29 @@ def unwrap(chunk: Any) -> Any:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
+
+
+def _adapt(spec: Any, settings: MegatronSettings, lora: LoraConfig) -> None:
+    from megatron_adapters.lora.layers import AdapterOptions
+    from megatron_adapters.lora.spec import adapt_layers
+
+    divisor = lora.rank**0.5 if lora.use_rslora else lora.rank
+    options = AdapterOptions(lora.rank, lora.alpha / divisor, lora.dropout)
+    # Layers of one kind share their spec.
+    for layer in {id(layer): layer for layer in spec.layer_specs}.values():
+        adapt_layers(layer, settings.transformer, options, lora.target_modules)
+
+
+def _freeze_all_but_adapters(chunks: list[Any]) -> None:
+    """The head of a value or reward model is trained whole: it starts at zero."""
+    for chunk in chunks:
+        model = unwrap(chunk)
+        model.is_adapted = True
+        head = model.output_layer if model.post_process and model.has_scalar_head else None
+        kept = set() if head is None else {id(parameter) for parameter in head.parameters()}
+        for name, parameter in model.named_parameters():
+            if ".adapters." not in name and id(parameter) not in kept:
+                parameter.requires_grad_(requires_grad=False)
 
 
 def _build_chunk(

@@ -77,6 +77,7 @@ class PackedModel(GPTModel):
     ) -> None:
         super().__init__(**options)
         self.rotary = rotary
+        self.is_adapted = False
         self.embedding_scale: float | None = None
         if embedding_scale is not None:
             # Rounded as the embeddings are.
@@ -109,6 +110,10 @@ class PackedModel(GPTModel):
             hidden = self.embedding(input_ids=batch.token_ids, position_ids=batch.position_ids)
             if self.embedding_scale is not None:
                 hidden = hidden * self.embedding_scale
+            if self.is_adapted and torch.is_grad_enabled():
+                # Layers that are computed again for the gradient ask their input for one, which
+                # frozen embeddings do not have.
+                hidden.requires_grad_()
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,

@@ -73,6 +73,9 @@ class RuntimeEnvConfig(_Section):
     env_vars: dict[str, str] = Field(default={}, description="environment variables of the workers")
 
 
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 class GenerationConfig(_Section):
     """How a policy samples."""
 
@@ -161,6 +164,24 @@ class AlgorithmConfig(_Section):
     dpo_beta: float = Field(default=0.1, gt=0, description="DPO's beta")
 
 
+class LoraConfig(_Section):
+    """Low-rank adapters of a trained Megatron model; its own weights stand still."""
+
+    rank: Positive = Field(default=16, description="rank of the adapters")
+    alpha: float = Field(default=32.0, gt=0, description="they are scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of an adapter's input")
+    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
+    target_modules: tuple[LoraTarget, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="PEFT's names of the linear layers that get one",
+    )
+    adapter: str | None = Field(
+        default=None,
+        description="PEFT adapter to start from; the other keys then follow from it",
+    )
+
+
 class ModelConfig(_Section):
     """One model: where it runs, how it is cut, what it is."""
 
@@ -205,6 +226,9 @@ class ModelConfig(_Section):
     family: str | None = Field(
         default=None,
         description="family of the Hugging Face folder to write; unset: that of `pretrained`",
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="train low-rank adapters; unset: all weights"
     )
     generation: GenerationConfig = Field(default=GenerationConfig(), description="sampling")
     args: dict[str, Any] = Field(default={}, description="free options of a user's own module")

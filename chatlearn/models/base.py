@@ -349,6 +349,13 @@ class BaseModule:
         """
         return ()
 
+    def before_weight_sync(self) -> None:
+        """Called on every rank whose weights are about to be taken.
+
+        A module whose `weight_tensors` are computed, such as merged ones, brings them up to date
+        here; the tensors must stay the same objects.
+        """
+
     def after_weight_sync(self, version: int) -> None:
         """New weights have been written into `weight_tensors`."""
         self.policy_version = version

@@ -39,6 +39,7 @@ HOOKS = frozenset(
         "weight_shards",
         "weight_shards_in",
         "weight_tensors",
+        "before_weight_sync",
         "after_weight_sync",
         "load_checkpoint",
         "prepare_episode",

@@ -45,6 +45,7 @@ class Endpoint:
             groups by; that is what makes thousands of data-parallel ranks cheap.
         device_id: equal for ranks on one device (of one host); empty on the CPU.
         frozen: local names of the weights that training never changes.
+        is_late: its weights are brought up to date when a sync begins.
     """
 
     model_name: str
@@ -55,6 +56,7 @@ class Endpoint:
     shards: tuple[TensorShard, ...]
     device_id: str = ""
     frozen: frozenset[str] = field(default_factory=frozenset[str])
+    is_late: bool = False
 
     @property
     def label(self) -> str:

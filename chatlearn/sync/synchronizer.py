@@ -223,8 +223,10 @@ class WeightSynchronizer:
         ready = self._prepared
         programs = ready.programs if call.is_full else ready.trained_programs
         endpoints = ready.full.endpoints
-        # On a GPU a source's last kernels may still run when its call has returned.
-        if any(program.steps for program in programs) or any(e.device_id for e in endpoints):
+        # On a GPU a source's last kernels may still run when its call has returned; and some
+        # sources compute what is taken when they are asked for it.
+        is_unsafe = any(endpoint.device_id or endpoint.is_late for endpoint in endpoints)
+        if is_unsafe or any(program.steps for program in programs):
             return {}
         takers = range(self._num_sources, self._ranks.count)
         return self._ranks.start(pull_early, takers, lambda _: (call,))

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import SyncError
+from chatlearn.models.base import BaseModule
 from chatlearn.sync.channel import Channel, MessageError
 from chatlearn.sync.digest import compute_digests, has_equal_bits
 from chatlearn.sync.programs import NUM_TURNS, Block, Pull, RankProgram
@@ -64,6 +65,7 @@ def describe_endpoint(context: WorkerContext, naming: str | None = None) -> Endp
         tuple(shards),
         "" if device.type == "cpu" else _device_id(device),
         frozenset(module.frozen_weights()),
+        type(module).before_weight_sync is not BaseModule.before_weight_sync,
     )
 
 
@@ -125,6 +127,8 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
         SyncError: a tensor is no longer as it was described.
     """
     program = _programs(context, call.key).of(call)
+    if not program.is_destination and not call.is_check:
+        context.module.before_weight_sync()
     live = _checked_tensors(context, call)
     is_served = program.is_destination and call.is_double
     tensors = _targets(context, call.key, live) if is_served else live

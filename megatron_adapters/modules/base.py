@@ -1,6 +1,7 @@
 """MegatronModule: a module whose model is a Megatron-Core network, sharded as the config says."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,7 @@ from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
 from megatron_adapters.batches import Rows, check_token_ids
 from megatron_adapters.layer_specs import is_transformer_engine_installed, needs_own_layers
-from megatron_adapters.layout_problems import find_layout_problems
+from megatron_adapters.layout_problems import find_layout_problems, find_lora_problems
 from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import MegatronSettings, build_settings
 from megatron_adapters.packing import PackedBatch, pack_micro_batches
@@ -41,7 +42,9 @@ from megatron_adapters.weights.pretrained_fields import complete_fields
 
 if TYPE_CHECKING:
     from chatlearn.config import ModelConfig
+    from chatlearn.config.schema import LoraConfig
     from chatlearn.parallel.layout import ParallelLayout
+    from megatron_adapters.lora.adapted_model import AdaptedModel
 
 __all__ = ["MegatronModule"]
 
@@ -58,6 +61,7 @@ class MegatronModule(BaseModule):
         groups: this rank's process groups, after `initialize`.
         model: the model chunks of this rank, after `setup`.
         training: optimizer and schedule of a trained model, after `setup`.
+        adapted: its low-rank adapters, after `setup`; None: it has none.
     """
 
     head: ClassVar[Head] = "lm"
@@ -69,6 +73,7 @@ class MegatronModule(BaseModule):
     settings: MegatronSettings
     groups: ParallelGroups
     training: TrainingState | None = None
+    adapted: "AdaptedModel | None" = None
     _tokenizer: Tokenizer | None = None
 
     def initialize(self) -> None:
@@ -82,6 +87,9 @@ class MegatronModule(BaseModule):
             self.device,
             is_generating=self.use_cache,
         )
+        if self.module_args.lora is not None:
+            # The adapted layers are our own.
+            self.settings = replace(self.settings, use_te=False)
         self.groups = read_groups(self.layout)
 
     def setup(self) -> None:
@@ -93,20 +101,30 @@ class MegatronModule(BaseModule):
             head=self.head,
             seed=self.runtime_args.seed,
             is_trained=self.is_trained,
+            lora=self.module_args.lora,
         )
         folder = self.module_args.pretrained
         if folder is not None:
             load_shards(
                 folder,
-                self.weight_shards(),
-                self.weight_tensors(),
+                describe_weights(self.model, self.settings.shape.vocab_size),
+                weight_tensors(self.model),
                 self.module_args.megatron,
                 head=self.head,
                 use_te=self.settings.use_te,
             )
+        if self.module_args.lora is not None:
+            self._set_up_adapters(self.module_args.lora)
         if self.is_trained:
             self.training = build_training_state(self.name, self.model, self.settings, self.groups)
             self.optimizer = self.training.optimizer
+
+    def _set_up_adapters(self, lora: "LoraConfig") -> None:
+        from megatron_adapters.lora.adapted_model import AdaptedModel
+
+        self.adapted = AdaptedModel(self.model, lora, self.module_args.pretrained)
+        if lora.adapter is not None:
+            self.adapted.load(lora.adapter)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -160,6 +178,10 @@ class MegatronModule(BaseModule):
 
     def complete_config(self, config: "ModelConfig") -> CompletedConfig:
         """The fields and the tokenizer of the folder that `pretrained` names."""
+        if config.lora is not None and config.lora.adapter is not None:
+            from megatron_adapters.lora.peft_files import complete_lora
+
+            config = config.model_copy(update={"lora": complete_lora(config.lora)})
         if config.pretrained is None:
             return CompletedConfig(config)
         found = complete_fields(config.pretrained, config.megatron, self.head)
@@ -168,9 +190,12 @@ class MegatronModule(BaseModule):
 
     def find_problems(self, config: "ModelConfig", layout: "ParallelLayout") -> Sequence[str]:
         """What Megatron or our generation would refuse once the workers run."""
-        return find_layout_problems(
+        problems = find_layout_problems(
             config.megatron, layout, is_generating=self.use_cache, is_trained=self.is_trained
         )
+        if config.lora is not None:
+            problems += find_lora_problems(config.megatron, layout, is_trained=self.is_trained)
+        return problems
 
     def planned_weight_shards(
         self, config: "ModelConfig", layout: "ParallelLayout"
@@ -194,22 +219,34 @@ class MegatronModule(BaseModule):
             is_generating=self.use_cache,
             use_te=is_transformer_engine_installed()
             and not is_on_cpu
-            and not needs_own_layers(config.megatron),
+            and not needs_own_layers(config.megatron)
+            and config.lora is None,
         )
 
     def weight_tensors(self) -> Mapping[str, torch.Tensor]:
-        """This rank's weights."""
-        return weight_tensors(self.model)
+        """This rank's weights; with adapters, merged ones as of the last sync."""
+        tensors = weight_tensors(self.model)
+        return tensors if self.adapted is None else self.adapted.with_merged(tensors)
+
+    def before_weight_sync(self) -> None:
+        """Merge the adapters."""
+        if self.adapted is not None:
+            self.adapted.merge()
 
     def frozen_weights(self) -> Collection[str]:
-        """Parameters of a trained model that get no gradient."""
-        return frozen_names(self.model) if self.is_trained else ()
+        """Weights of a trained model that training does not change."""
+        if not self.is_trained:
+            return ()
+        changed = frozenset[str]() if self.adapted is None else self.adapted.target_names
+        return tuple(name for name in frozen_names(self.model) if name not in changed)
 
     def save_checkpoint(self, iteration: int) -> None:
         """Write the model in Megatron's distributed format; every rank takes part."""
         checkpointing.save_model(self.checkpoint_dir, self.model, self.training, iteration)
         if self.context.rank == 0:
             write_model_file(self.checkpoint_dir, self._model_record())
+        if self.adapted is not None:
+            self.adapted.save(self.checkpoint_dir / "adapter")
         if self.module_args.save_huggingface:
             self.save_huggingface(self.checkpoint_dir / "huggingface")
 
@@ -227,6 +264,7 @@ class MegatronModule(BaseModule):
             CheckpointError: the folder cannot be written.
         """
         tokenizer = self.runtime_args.tokenizer
+        self.before_weight_sync()
         export_shards(
             folder,
             plan_export(
@@ -246,6 +284,8 @@ class MegatronModule(BaseModule):
         if not Path(folder).is_dir():
             raise ConfigError(f"models.{self.name}.load: {folder} is no folder")
         skip = ("output_layer.weight",) if self._lacks_head(folder) else ()
+        if self.adapted is not None and not checkpointing.has_adapters(folder):
+            skip += (".lora_A", ".lora_B")
         checkpointing.load_weights(folder, self.model, skip=skip)
         if self.training is not None:
             # The optimizer keeps a copy of the weights in full precision.

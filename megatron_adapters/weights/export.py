@@ -14,7 +14,7 @@ from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.parallel.counter_random import stable_hash
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters.weights.architecture import Head
-from megatron_adapters.weights.config_file import read_config_file
+from megatron_adapters.weights.config_file import CONFIG_FILE, read_config_file
 from megatron_adapters.weights.families import FAMILIES, Family, find_family
 from megatron_adapters.weights.folder_plan import FolderPlan, plan_files
 from megatron_adapters.weights.folder_writer import (
@@ -27,7 +27,7 @@ from megatron_adapters.weights.huggingface import huggingface_renaming
 from megatron_adapters.weights.pretrained_fields import check_family
 from megatron_adapters.weights.safetensors_folder import SafetensorsFolder
 
-__all__ = ["MAX_FILE_BYTES", "Export", "export_shards", "plan_export"]
+__all__ = ["MAX_FILE_BYTES", "Export", "export_shards", "gather_from_ranks", "plan_export"]
 
 MAX_FILE_BYTES = 5 * 10**9
 
@@ -40,11 +40,13 @@ class Export:
         config: content of config.json.
         plan: of the files.
         rename: from shards in Megatron's naming to those of the folder.
+        config_file: name of the config's file.
     """
 
     config: Mapping[str, Any]
     plan: FolderPlan
     rename: Callable[[Sequence[TensorShard]], tuple[TensorShard, ...]]
+    config_file: str = CONFIG_FILE
 
 
 def plan_export(
@@ -128,7 +130,7 @@ def export_shards(
         raise
     _agree(
         lambda: (
-            finish_folder(draft, target, export.plan, export.config, tokenizer)
+            finish_folder(draft, target, export.plan, export.config, tokenizer, export.config_file)
             if is_first
             else None
         )
@@ -168,7 +170,7 @@ def _choose_own(shards: Sequence[TensorShard]) -> list[TensorShard]:
         return list(shards)
     ids = [stable_hash(f"{shard.key} {shard.box}") for shard in shards]
     holders: dict[int, list[int]] = {}
-    for rank, held in enumerate(_gather(ids)):
+    for rank, held in enumerate(gather_from_ranks(ids)):
         for number in held:
             holders.setdefault(number, []).append(rank)
     rank = _rank()
@@ -189,14 +191,17 @@ def _agree(action: Callable[[], Any]) -> Any:
         if error is not None:
             raise error
         return result
-    outcomes = _gather((result, None if error is None else f"{error}"))
+    outcomes = gather_from_ranks((result, None if error is None else f"{error}"))
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
     if failures:
         raise CheckpointError("; ".join(failures)) from error
     return outcomes[0][0]
 
 
-def _gather(value: Any) -> list[Any]:
+def gather_from_ranks(value: Any) -> list[Any]:
+    """A value of each rank of this world; everything is pickled."""
+    if _world_size() == 1:
+        return [value]
     found: list[Any] = [None] * _world_size()
     collectives: Any = dist
     collectives.all_gather_object(found, value)

@@ -77,7 +77,11 @@ class FolderPlan:
 
 
 def plan_files(
-    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], max_file_bytes: int
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    max_file_bytes: int,
+    *,
+    single_file: str = SINGLE_FILE,
 ) -> FolderPlan:
     """Spread tensors over files, in the order that they are given in.
 
@@ -85,6 +89,7 @@ def plan_files(
         shapes: by name.
         dtypes: by name, torch's.
         max_file_bytes: of a file's tensors together; a larger tensor has a file of its own.
+        single_file: the file's name, where there is one.
 
     Raises:
         ConfigError: a dtype that is not written.
@@ -104,7 +109,7 @@ def plan_files(
     files: list[FilePlan] = []
     places: dict[str, TensorPlace] = {}
     for number, group in enumerate(groups, 1):
-        name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        name = single_file if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         files.append(_plan_file(name, group, shapes, dtypes, places))
     return FolderPlan(tuple(files), places)
 

@@ -64,6 +64,7 @@ def finish_folder(
     plan: FolderPlan,
     config: Mapping[str, Any],
     tokenizer: Path | None,
+    config_file: str = CONFIG_FILE,
 ) -> None:
     """Add the small files, and make the folder visible by one rename; one process does this.
 
@@ -73,6 +74,7 @@ def finish_folder(
         plan: of its files.
         config: content of config.json.
         tokenizer: folder or file whose tokenizer files go along; None: there are none.
+        config_file: name of the config's file.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -81,7 +83,7 @@ def finish_folder(
         index = build_index(plan)
         if index is not None:
             _write_json(draft / INDEX_FILE, index)
-        _write_json(draft / CONFIG_FILE, config)
+        _write_json(draft / config_file, config)
         if tokenizer is not None:
             _copy_tokenizer(tokenizer, draft)
         if target.exists():

@@ -39,7 +39,7 @@ def frozen_names(chunks: Sequence[Any]) -> tuple[str, ...]:
         f"{number}.{name}"
         for number, chunk in enumerate(chunks)
         for name, parameter in unwrap(chunk).named_parameters()
-        if not parameter.requires_grad
+        if not parameter.requires_grad and ".adapters." not in name
     )
 
 
@@ -111,7 +111,9 @@ def _saved_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor) and not name.endswith("_extra_state")
+        if isinstance(tensor, torch.Tensor)
+        and not name.endswith("_extra_state")
+        and ".adapters." not in name
     }
 
 

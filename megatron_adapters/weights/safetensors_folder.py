@@ -35,17 +35,18 @@ class SafetensorsFolder:
 
     Args:
         folder: with `model.safetensors`, or an index and the files that it names.
+        single_file: another name of the one file; then there is no index.
 
     Raises:
         CheckpointError: no weights there, or a file is missing or damaged; names it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, single_file: str | None = None) -> None:
         self.folder = Path(folder)
         self._files: dict[Path, Any] = {}
         self._tensors: dict[str, _Tensor] = {}
         try:
-            for file, wanted in _find_files(self.folder).items():
+            for file, wanted in _find_files(self.folder, single_file).items():
                 self._add_file(file, wanted)
         except BaseException:
             self.close()
@@ -110,9 +111,13 @@ class SafetensorsFolder:
             self._tensors[name] = _Tensor(file, tuple(part.get_shape()), str(part.get_dtype()))
 
 
-def _find_files(folder: Path) -> Mapping[Path, frozenset[str] | None]:
+def _find_files(folder: Path, single_file: str | None) -> Mapping[Path, frozenset[str] | None]:
     """The files, and which tensors the index wants of each; None: there is no index."""
     index = folder / INDEX_FILE
+    if single_file is not None:
+        if not (folder / single_file).is_file():
+            raise CheckpointError(f"{folder} holds no {single_file}")
+        return {folder / single_file: None}
     if not index.is_file():
         file = folder / SINGLE_FILE
         if not file.is_file():

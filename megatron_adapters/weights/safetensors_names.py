@@ -1,8 +1,9 @@
 """Names of the files of a Hugging Face folder."""
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "TOKENIZER_FILES"]
+__all__ = ["ADAPTER_FILE", "INDEX_FILE", "SINGLE_FILE", "TOKENIZER_FILES"]
 
 SINGLE_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What belongs to the tokenizer and to generation, and goes along with the weights.
 TOKENIZER_FILES = (

@@ -1,0 +1,1 @@
+"""Low-rank adapters on Megatron's linear layers, in the layout of PEFT."""
