@@ -3,7 +3,6 @@
 __all__ = ["UNSUPPORTED"]
 
 _OFFLOAD = "models that share a device keep their memory; give each model its own devices"
-_LORA = "train all weights"
 _RESUME = "set models.<name>.load to the checkpoint folder to start from"
 _PROFILE = "set runtime.profile: true; timeline.json in the run folder shows every stage"
 
@@ -17,7 +16,6 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "free_grad_buffers": _OFFLOAD,
         "free_memory": _OFFLOAD,
         "fsdp_size": "use Megatron's use_distributed_optimizer",
-        "lora": _LORA,
         "model_type": "set module",
         "num_replica": "it follows from num_gpu: num_gpu / (TP x PP x CP)",
         "offload_optimizer_states": _OFFLOAD,

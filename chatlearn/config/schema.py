@@ -32,8 +32,8 @@ def _as_tuple(value: Any) -> Any:
     return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
-def _as_paths(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else _as_tuple(value)
+def _as_sources(value: Any) -> Any:
+    return (value,) if isinstance(value, str | dict) else _as_tuple(value)
 
 
 def _as_ratio(value: Any) -> Any:
@@ -42,9 +42,6 @@ def _as_ratio(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(int(part) for part in value.split(","))
     return _as_tuple(value)
-
-
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_paths)]
 
 
 def _as_check(value: Any) -> Any:
@@ -74,6 +71,21 @@ class RuntimeEnvConfig(_Section):
 
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class DataSource(_Section):
+    """Prompts of one place."""
+
+    path: str = Field(description="file or folder")
+    split: str | None = Field(
+        default=None, description="of a folder that `datasets` saved with splits"
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="new names of columns, each with the name in the file"
+    )
+
+
+Sources = Annotated[tuple[str | DataSource, ...], BeforeValidator(_as_sources)]
 
 
 class GenerationConfig(_Section):
@@ -280,15 +292,32 @@ class RuntimeConfig(_Section):
         default=None, description="evaluate every so many episodes; unset: after the last; 0: never"
     )
     enable_eval_before_training: bool = Field(default=False, description="evaluate before training")
-    data_path: Paths | None = Field(
-        default=None, description="prompt files (JSON lines, JSON, CSV, text)"
+    data_path: Sources | None = Field(
+        default=None,
+        description="prompts: files (JSON lines, JSON, CSV, Parquet, text), folders of files, or "
+        "folders that `datasets` saved; an entry may be a mapping of path, split and columns",
     )
-    eval_data_path: Paths | None = Field(default=None, description="prompt files of the evaluation")
+    eval_data_path: Sources | None = Field(
+        default=None, description="prompts of the evaluation, as `data_path`"
+    )
     data_ratio: Annotated[tuple[Positive, ...], BeforeValidator(_as_ratio)] | None = Field(
         default=None, description="how several data sets are mixed, one number each"
     )
     data_shuffle: bool = Field(default=True, description="shuffle the prompts of each epoch")
-    tokenizer: str | None = Field(default=None, description="sentencepiece `.model` file")
+    tokenizer: str | None = Field(
+        default=None,
+        description="sentencepiece `.model` file or Hugging Face folder; unset: that of a model's "
+        "`pretrained`",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="Jinja file that turns chat messages into text; unset: the tokenizer's own",
+    )
+    prompts_too_long: Literal["error", "drop"] = Field(
+        default="error",
+        description="prompts that leave no room for a response: refuse the data, or leave them "
+        "out and say how many",
+    )
     seed: Count = Field(default=0, description="of data order, initial values and sampling")
     deterministic: bool = Field(
         default=False,

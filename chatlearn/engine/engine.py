@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from chatlearn.config import Config
+    from chatlearn.config.schema import DataSource
     from chatlearn.engine.planning import RunPlan
     from chatlearn.engine.result import RunResult
     from chatlearn.models.base import BaseModule
@@ -179,11 +180,16 @@ class Engine:
         return found
 
 
-def _read_files(key: str, paths: Sequence[str]) -> tuple[Sequence[Any], ...]:
-    missing = find_missing_data(key, paths)
+def _read_files(key: str, sources: Sequence[str | DataSource]) -> tuple[Sequence[Any], ...]:
+    missing = find_missing_data(key, sources)
     if missing:
         raise ConfigError("\n  ".join(["files are missing:", *missing]))
-    return tuple(read_prompts(path) for path in paths)
+    return tuple(
+        read_prompts(source)
+        if isinstance(source, str)
+        else read_prompts(source.path, split=source.split, columns=source.columns)
+        for source in sources
+    )
 
 
 def _checked(part: Any, kind: type) -> Any:

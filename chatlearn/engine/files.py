@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from chatlearn.config import Config
+    from chatlearn.config.schema import DataSource
     from chatlearn.models.base import BaseModule
 
 __all__ = ["find_missing_data", "find_missing_files"]
@@ -21,7 +22,10 @@ def find_missing_files(config: Config, modules: Mapping[str, BaseModule]) -> tup
         config: the configuration.
         modules: the models that the flows call, by name.
     """
-    named = [("runtime.tokenizer", config.runtime.tokenizer)]
+    named = [
+        ("runtime.tokenizer", config.runtime.tokenizer),
+        ("runtime.chat_template", config.runtime.chat_template),
+    ]
     named += [
         (f"models.{name}.load", config.model(name).load)
         for name, module in modules.items()
@@ -36,9 +40,10 @@ def find_missing_files(config: Config, modules: Mapping[str, BaseModule]) -> tup
     )
 
 
-def find_missing_data(key: str, paths: Sequence[str] | None) -> tuple[str, ...]:
+def find_missing_data(key: str, sources: Sequence[str | DataSource] | None) -> tuple[str, ...]:
     """Which prompt files are not there; a line each, with the config's key."""
-    return tuple(f"{key}: {path} is not there" for path in paths or () if not Path(path).exists())
+    paths = [source if isinstance(source, str) else source.path for source in sources or ()]
+    return tuple(f"{key}: {path} is not there" for path in paths if not Path(path).exists())
 
 
 def _loads_from_disk(module: BaseModule) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.data.rows import RowId
-from chatlearn.engine.worker_calls import RowRequest, build_datasets, load_rows
+from chatlearn.engine.worker_calls import DatasetSizes, RowRequest, build_datasets, load_rows
 from chatlearn.flow.execute import RowSource
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class PromptSource:
         key: tells the data sets of one worker apart (`train`, `eval`).
         prompts: the user's data sets.
         is_eval: passed on to `build_dataset`.
+
+    Attributes:
+        lengths: prompts of each data set.
+        num_dropped: prompts that the module left out.
     """
 
     def __init__(
@@ -49,7 +53,9 @@ class PromptSource:
         parts = [[part[at] for at in range(len(part))] for part in prompts]
         calls = self._group.call(build_datasets, key, parts, is_eval, ranks=(0,))
         found = session.collect({model_name: list(calls)}, f"{model_name}.build_dataset")
-        self.lengths: tuple[int, ...] = found[model_name][0]
+        sizes: DatasetSizes = found[model_name][0]
+        self.lengths = sizes.lengths
+        self.num_dropped = sizes.num_dropped
 
     def load(
         self,

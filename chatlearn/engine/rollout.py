@@ -53,6 +53,7 @@ class Rollout:
         self._relay = RelayStore(self.runtime.max_relay_episode, self.runtime.relay_episode_offset)
         first = graph.nodes[0].model_name
         self._prompts = PromptSource(session, first, "train", engine.datasets, is_eval=False)
+        log.tell_dropped("train", self._prompts.num_dropped, sum(self._prompts.lengths))
         self._sampler = PromptSampler(
             self._prompts.lengths,
             self.runtime.data_ratio,

@@ -260,7 +260,9 @@ class _Run:
             logger.warning("the evaluator has no data set: nothing is evaluated")
             return None
         first = graph.nodes[0].model_name
-        return PromptSource(self.session, first, "eval", datasets, is_eval=True)
+        source = PromptSource(self.session, first, "eval", datasets, is_eval=True)
+        self.log.tell_dropped("eval", source.num_dropped, sum(source.lengths))
+        return source
 
 
 def _create_backend(config: Config, log: RunLog) -> Any:

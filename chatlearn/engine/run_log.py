@@ -72,6 +72,16 @@ class RunLog:
         self.metrics.write(step, metrics)
         self.progress.message("  ".join(["before training", *format_evaluation(metrics)]))
 
+    def tell_dropped(self, name: str, num_dropped: int, num_kept: int) -> None:
+        """Say how many prompts of a data set were too long; nothing where none was."""
+        if num_dropped:
+            total = num_dropped + num_kept
+            self.progress.message(
+                f"{num_dropped} of {total} {name} prompts leave no room for a response and are "
+                "left out"
+            )
+            self.write_extra(0, {f"{name}_prompts_dropped": float(num_dropped)})
+
     def add_spans(self, records: Iterable[StageRecord]) -> None:
         """Put finished calls on the timeline."""
         for record in records:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from chatlearn.parallel.context import WorkerContext
 
 __all__ = [
+    "DatasetSizes",
     "ModuleInfo",
     "RowRequest",
     "build_datasets",
@@ -42,6 +43,19 @@ class RowRequest:
     dataset_index: int
     index: int
     row_id: RowId
+
+
+@dataclass(frozen=True)
+class DatasetSizes:
+    """How large data sets are.
+
+    Attributes:
+        lengths: of each.
+        num_dropped: prompts that the module left out, of all together.
+    """
+
+    lengths: tuple[int, ...]
+    num_dropped: int
 
 
 class _Datasets:
@@ -73,8 +87,8 @@ def set_up_module(
 
 def build_datasets(
     context: WorkerContext, key: str, prompts: Sequence[Sequence[Any]], is_eval: bool
-) -> tuple[int, ...]:
-    """Let the module make its data sets of the user's prompts; gives their lengths.
+) -> DatasetSizes:
+    """Let the module make its data sets of the user's prompts; gives their sizes.
 
     Raises:
         DataError: `build_dataset` gave something that has no length or is empty.
@@ -92,7 +106,10 @@ def build_datasets(
         built.append(dataset)
     context.drop(("datasets", key))
     context.keep(("datasets", key), lambda: _Datasets(built))
-    return tuple(len(dataset) for dataset in built)
+    return DatasetSizes(
+        tuple(len(dataset) for dataset in built),
+        sum(int(getattr(dataset, "num_dropped", 0)) for dataset in built),
+    )
 
 
 def load_rows(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from chatlearn.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer
+from chatlearn.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from chatlearn.errors import ConfigError, DataError
 from chatlearn.models.base import BaseModule, CompletedConfig
 from chatlearn.models.plain_weights import HUGGINGFACE
@@ -138,9 +138,10 @@ class MegatronModule(BaseModule):
             if path is None:
                 raise ConfigError(
                     f"model {self.name!r} gets text but runtime.tokenizer is not set: name a "
-                    "sentencepiece .model file, or give rows with prompt_token_ids"
+                    "sentencepiece .model file or a Hugging Face folder, or give rows with "
+                    "prompt_token_ids"
                 )
-            tokenizer = SentencePieceTokenizer(path)
+            tokenizer = load_tokenizer(path, self.runtime_args.chat_template)
             if tokenizer.vocab_size > self.settings.shape.vocab_size:
                 raise ConfigError(
                     f"{path} has {tokenizer.vocab_size} tokens, models.{self.name}.vocab_size is "

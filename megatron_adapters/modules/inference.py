@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from chatlearn.errors import ConfigError
 from chatlearn.generation.generator import GenerationRequest, GenerationResult, Generator
 from chatlearn.generation.sampling import SamplingParams
 from megatron_adapters.batches import Rows, check_token_ids, read_rows, read_temperature
@@ -104,9 +105,17 @@ class PolicyInference(_TextModule):
 
     def _stop_tokens(self) -> tuple[int, ...]:
         own = self.module_args.generation.stop_token_ids
-        if self.runtime_args.tokenizer is None:
-            return own
-        return (self.tokenizer.eos_id, *own)
+        found = own
+        if self.runtime_args.tokenizer is not None:
+            found = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *own)))
+        vocab_size = self.settings.shape.vocab_size
+        strange = [token for token in found if not 0 <= token < vocab_size]
+        if strange:
+            raise ConfigError(
+                f"models.{self.name}.generation.stop_token_ids: {strange} lie outside the "
+                f"{vocab_size} tokens of the model"
+            )
+        return found
 
 
 class _ScoringModule(_TextModule):

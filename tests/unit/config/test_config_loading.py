@@ -61,7 +61,6 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(content, line):
     ("content", "line"),
     [
         ({"rlhf": {}}, "rlhf: known from ChatLearn but unsupported: the section is called runtime"),
-        (model(lora={}), "models.policy.lora: known from ChatLearn but unsupported: train all"),
         ({"runtime": {"save_interval": 2}}, "unsupported: use save_episode_interval"),
         ({"runtime_env": {"platform": "DLC"}}, "start the cluster with scripts/run_ray_cluster.sh"),
     ],
