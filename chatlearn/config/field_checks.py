@@ -80,7 +80,9 @@ def find_bad_fields(path: str, model: ModelConfig) -> Iterator[str]:
         value = fields.get(key)
         if value is not None and not 0 <= value < 1:
             yield f"{path}.{key}: got {value}, expected 0 or more and less than 1"
-    if model.module is not None and model.module.startswith("megatron_adapters"):
+    # A pretrained model's fields come from its folder.
+    is_named = model.module is not None and model.module.startswith("megatron_adapters")
+    if is_named and model.pretrained is None:
         missing = [key for key in _REQUIRED if fields.get(key) is None]
         if missing:
             yield f"{path}: a Megatron model needs {', '.join(missing)}"
