@@ -21,6 +21,7 @@ __all__ = [
     "save_model",
 ]
 
+_EXTRA_STATE = "_extra_state"
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -70,15 +71,20 @@ def load_weights(folder: str, chunks: Sequence[Any], *, skip: Sequence[str] = ()
         CheckpointError: no checkpoint there, or it does not fit the model.
     """
     content = _weights(chunks)
+    left_out = (*skip, *(() if _has_extra_state(folder) else (_EXTRA_STATE,)))
     for key in list(content):
         content[key] = {
             name: value
             for name, value in content[key].items()
-            if not name.endswith(tuple(skip) or ("\0",))
+            if not name.endswith(left_out or ("\0",))
         }
     loaded = _load(folder, content)
     for number, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[_chunk_key(number, len(chunks))], strict=not skip)
+        found = loaded[_chunk_key(number, len(chunks))]
+        missing, unknown = unwrap(chunk).load_state_dict(found, strict=False)
+        wrong = [name for name in missing if not name.endswith(left_out or ("\0",))] + unknown
+        if wrong:
+            raise CheckpointError(f"{folder} is of another model: {', '.join(wrong[:5])}")
 
 
 def load_training(folder: str, state: TrainingState) -> int:
@@ -107,6 +113,15 @@ def load_training(folder: str, state: TrainingState) -> int:
     return int(loaded["iteration"])
 
 
+def _has_extra_state(folder: str) -> bool:
+    """Converted checkpoints hold none of what Megatron's modules save besides their weights."""
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    if not has_checkpoint(folder):
+        return False
+    return any(_EXTRA_STATE in key for key in load_sharded_metadata(folder))
+
+
 def has_checkpoint(folder: str) -> bool:
     """Whether a folder holds a distributed checkpoint."""
     return (Path(folder) / "metadata.json").is_file()
@@ -116,6 +131,9 @@ def _load(folder: str, content: dict[str, Any]) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
+    # torch's own is a BaseException.
+    from torch.distributed.checkpoint.api import CheckpointException
+
     if not has_checkpoint(folder):
         raise CheckpointError(
             f"{folder} holds no Megatron checkpoint (no metadata.json): name a model's folder, "
@@ -124,7 +142,14 @@ def _load(folder: str, content: dict[str, Any]) -> dict[str, Any]:
     try:
         loaded: Any = dist_checkpointing.load(content, folder)
         return loaded
-    except (OSError, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
+    except (
+        OSError,
+        CheckpointingException,
+        CheckpointException,
+        RuntimeError,
+        KeyError,
+        ValueError,
+    ) as error:
         raise CheckpointError(f"{folder} cannot be loaded into this model: {error}") from error
 
 

@@ -220,5 +220,5 @@ def write_gemma3(fields: Mapping[str, Any]) -> Fields:
         "layer_types": _window_kinds(fields),
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
-        "query_pre_attn_scalar": round(fields["softmax_scale"] ** -2, 6),
+        "query_pre_attn_scalar": round(fields["softmax_scale"] ** -2),
     }

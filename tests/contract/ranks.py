@@ -81,7 +81,7 @@ def _serve(rank, end) -> None:
             return
         try:
             end.send((True, _run_in_world(store, rank, world_size, function, args)))
-        except Exception:  # noqa: BLE001 - handed to the test
+        except BaseException:  # noqa: BLE001 - handed to the test
             end.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
 
 
