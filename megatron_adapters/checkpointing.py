@@ -16,6 +16,7 @@ __all__ = [
     "build_strategy",
     "has_adapters",
     "has_checkpoint",
+    "lacks_scalar_head",
     "load_training",
     "load_weights",
     "save_model",
@@ -214,6 +215,12 @@ def has_adapters(folder: str) -> bool:
     if not has_checkpoint(folder):
         return False
     return any(".lora_A" in key for key in dist_checkpointing.load_tensors_metadata(folder))
+
+
+def lacks_scalar_head(folder: str) -> bool:
+    """Whether a checkpoint is of a language model."""
+    shape = saved_shape(folder, "output_layer.weight")
+    return shape is None or shape[0] != 1
 
 
 def saved_shape(folder: str, key: str) -> tuple[int, ...] | None:

@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """A decoder layer with norms on both sides of attention and MLP, as Gemma's."""
 
 from collections.abc import Callable

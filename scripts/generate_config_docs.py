@@ -84,7 +84,9 @@ SECTIONS = (
     ("`runtime_env`", "RuntimeEnvConfig"),
     ("`models.<name>`", "ModelConfig"),
     ("`models.<name>.generation`", "GenerationConfig"),
+    ("`models.<name>.lora`", "LoraConfig"),
     ("`runtime`", "RuntimeConfig"),
+    ("`runtime.data_path` entries", "DataSource"),
     ("`runtime.algorithm`", "AlgorithmConfig"),
 )
 
@@ -112,7 +114,8 @@ def render() -> str:
 def _row(key: str, field: dict[str, Any]) -> tuple[str, ...]:
     if "$ref" in field:
         return (f"`{key}`", "section", "", f"{field['description']}; see below")
-    return (f"`{key}`", _describe_type(field), _show(field["default"]), field["description"])
+    default = _show(field.get("default"))
+    return (f"`{key}`", _describe_type(field), default, field["description"])
 
 
 def _describe_type(field: dict[str, Any]) -> str:
@@ -120,6 +123,8 @@ def _describe_type(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         kinds = [_describe_type(arm) for arm in field["anyOf"] if arm.get("type") != "null"]
         return " or ".join(kinds)
+    if "$ref" in field:
+        return "section"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:
@@ -162,7 +167,13 @@ def _refused_fields() -> tuple[str, str]:
 
 
 def _model_field_table() -> str:
-    words = {"int": "integer", "float": "number", "str": "text", "bool": "true or false"}
+    words = {
+        "int": "integer",
+        "float": "number",
+        "str": "text",
+        "bool": "true or false",
+        "dict": "mapping",
+    }
     rows = [
         (
             f"`{name}`",

@@ -36,6 +36,7 @@ HOOKS = frozenset(
         "complete_config",
         "find_problems",
         "planned_weight_shards",
+        "has_own_description",
         "weight_shards",
         "weight_shards_in",
         "weight_tensors",

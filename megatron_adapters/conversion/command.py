@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """What `chatlearn convert` runs."""
 
 from __future__ import annotations

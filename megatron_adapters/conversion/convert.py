@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """From one format to another, a layer at a time, and back again to see that nothing changed."""
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class ConversionOptions:
     """How to convert.
 
     Attributes:
-        to: `hf` or `megatron`.
+        to: `hf`, `megatron` or `peft`.
         family: of the Hugging Face folder to write; None: the source's.
         like: a Hugging Face folder of the same model, for checkpoints that say nothing of it.
         tokenizer: folder or file of the tokenizer to put beside the weights; None: the source's.
@@ -73,7 +72,7 @@ def convert(source_folder: Path, target: Path, options: ConversionOptions) -> No
         CheckpointError: the source is damaged, or the target cannot be written.
     """
     source = open_source(source_folder, options.like)
-    writers = {"hf": _to_huggingface, "megatron": _to_megatron}
+    writers = {"hf": _to_huggingface, "megatron": _to_megatron, "peft": _to_peft}
     if options.to not in writers:
         raise ConfigError(f"--to: got {options.to!r}, expected {' or '.join(writers)}")
     writers[options.to](source, target, options)
@@ -88,6 +87,8 @@ def verify(source_folder: Path, target: Path, options: ConversionOptions) -> int
         CheckpointError: names the first tensors that differ.
     """
     source = open_source(source_folder, options.like)
+    if options.to == "peft":
+        raise ConfigError("--verify compares whole models, not adapters: leave it out")
     written = open_source(target, options.like if options.to == "megatron" else None)
     count, different = 0, list[str]()
     for part in describe_parts(source.model):
@@ -138,6 +139,15 @@ def _to_huggingface(source: ModelSource, target: Path, options: ConversionOption
     except BaseException:
         discard_folder(draft)
         raise
+
+
+def _to_peft(source: ModelSource, target: Path, options: ConversionOptions) -> None:
+    del options
+    if source.adapters is None:
+        raise ConfigError(
+            "the source holds no low-rank adapters: --to peft is for checkpoints of a run with lora"
+        )
+    source.adapters.write(target)
 
 
 def _to_megatron(source: ModelSource, target: Path, options: ConversionOptions) -> None:

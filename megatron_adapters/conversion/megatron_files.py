@@ -56,6 +56,11 @@ class MegatronReader:
             raise CheckpointError(f"{folder} holds no model with an embedding")
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of all tensors, the optimizer's among them."""
+        return {key: tuple(entry.size) for key, entry in self._tensors.items()}
+
+    @property
     def dtype(self) -> str:
         """Of the embedding, torch's name."""
         return str(self._tensors[_EMBEDDING].properties.dtype).removeprefix("torch.")

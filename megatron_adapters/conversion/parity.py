@@ -26,6 +26,7 @@ from megatron_adapters.weights.config_file import CONFIG_FILE
 from megatron_adapters.weights.safetensors_folder import SafetensorsFolder
 
 __all__ = [
+    "GradientPart",
     "ParityRow",
     "compare_exports",
     "export_again",
@@ -62,6 +63,21 @@ class ParityRow:
     layout: str
     max_logit_difference: float
     export_identical: bool
+
+
+@dataclass(frozen=True)
+class GradientPart:
+    """A part of a parameter's gradient.
+
+    Attributes:
+        name: of the parameter, transformers'.
+        box: of it.
+        values: of the box's elements.
+    """
+
+    name: str
+    box: Box
+    values: torch.Tensor
 
 
 def layouts_of(family: str) -> tuple[LayoutCase, ...]:
@@ -147,11 +163,11 @@ def _captured_logits(module: Any) -> Iterator[_Seen]:
 
 def measure_gradients(
     folder: str, layout: Mapping[str, Any], sequences: Sequence[torch.Tensor]
-) -> list[tuple[str, Box, torch.Tensor]]:
+) -> list[GradientPart]:
     """The gradient of the mean negative log-probability of all tokens but the first ones.
 
     Returns:
-        What this rank holds: parameter in transformers' naming, box, values.
+        What this rank holds.
     """
     fields = {"pretrained": folder, "bf16": False, "clip_grad": 0.0, "lr": 0.0, **layout}
     module = build_module(PolicyTrainer, "policy", fields)
@@ -170,7 +186,9 @@ def measure_gradients(
         for name, parameter in unwrap(chunk).named_parameters()
     }
     return [
-        (shard.key, shard.box, gradients[shard.local_name][shard.local_slices()].clone())
+        GradientPart(
+            shard.key, shard.box, gradients[shard.local_name][shard.local_slices()].clone()
+        )
         for shard in module.weight_shards_in("huggingface")
         if shard.local_name in gradients
     ]

@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """The two formats that hold whole models, behind one contract: give me these shards."""
 
 from __future__ import annotations
@@ -10,12 +9,14 @@ from typing import Any, Protocol
 
 import torch
 
+from chatlearn.config.schema import LoraConfig
 from chatlearn.data.tokenizer import find_tokenizer
 from chatlearn.errors import CheckpointError
 from chatlearn.parallel.layout import ParallelLayout
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters.checkpointing import has_checkpoint
 from megatron_adapters.conversion.megatron_files import MegatronReader
+from megatron_adapters.conversion.saved_adapters import SavedAdapters
 from megatron_adapters.weights.architecture import Head
 from megatron_adapters.weights.config_file import CONFIG_FILE, read_config_file
 from megatron_adapters.weights.description import describe_layout
@@ -54,6 +55,11 @@ class ModelSource(Protocol):
     @property
     def model(self) -> SourceModel:
         """What it is."""
+        ...
+
+    @property
+    def adapters(self) -> SavedAdapters | None:
+        """Low-rank adapters beside its weights, which `read` merges; None: there are none."""
         ...
 
     def read(self, shards: Sequence[TensorShard], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -134,6 +140,7 @@ class _HuggingFaceSource:
         family = find_family(config)
         tokenizer = find_tokenizer(folder)
         self._folder = folder
+        self.adapters: SavedAdapters | None = None
         self.model = SourceModel(
             family.read_fields(config),
             head_of(config),
@@ -151,6 +158,7 @@ class _MegatronSource:
     def __init__(self, folder: Path, like: Path | None) -> None:
         self._reader = MegatronReader(folder)
         dtype = self._reader.dtype
+        self.adapters: SavedAdapters | None = None
         if like is not None:
             found = _HuggingFaceSource(like).model
             self.model = SourceModel(
@@ -170,8 +178,20 @@ class _MegatronSource:
                 None if tokenizer is None else Path(tokenizer),
                 dtype,
             )
+            if record.lora is not None:
+                lora = LoraConfig.model_validate(record.lora)
+                self.adapters = SavedAdapters(
+                    self._reader, lora, record.fields, record.head, record.pretrained
+                )
+        if self.adapters is None and any(".adapters." in key for key in self._reader.shapes):
+            raise CheckpointError(
+                f"{folder} holds adapters whose scale is not known: leave --like out, so that its "
+                "model.json counts"
+            )
         parts = describe_parts(self.model)
         self._reader.check([shard for part in parts for shard in part])
 
     def read(self, shards: Sequence[TensorShard], tensors: Mapping[str, torch.Tensor]) -> None:
         self._reader.read(shards, tensors)
+        if self.adapters is not None:
+            self.adapters.merge(shards, tensors)

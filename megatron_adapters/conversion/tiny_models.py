@@ -1,4 +1,4 @@
-# pyright: standard
+# pyright: standard, reportPrivateImportUsage=false
 """Tiny random models of every family, made by transformers itself."""
 
 from __future__ import annotations

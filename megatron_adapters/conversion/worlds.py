@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """Small gloo worlds of processes on this machine, for what must run at a layout. No Ray."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """A live model with adapters: what it shows to weight sync and export, and its files."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """Where a model's adapters stand, in Megatron's words and in PEFT's."""
 
 from __future__ import annotations

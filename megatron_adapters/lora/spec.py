@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
 from megatron_adapters.lora.layers import AdapterOptions, LoraColumn, LoraRow, Target
 
-__all__ = ["ALL_TARGETS", "adapt_layers"]
+__all__ = ["ALL_TARGETS", "adapt_layers", "find_targets"]
 
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -34,6 +34,32 @@ def adapt_layers(
         "linear_fc2": partial(_whole_target, chosen, "down_proj"),
     }
     _replace(spec, lora, makers)
+
+
+def find_targets(
+    key: str, fields: Mapping[str, Any], num_rows: int
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The parts of a whole weight that may have adapters, and their rows.
+
+    Args:
+        key: Megatron's name of the weight.
+        fields: the flat Megatron fields of the model.
+        num_rows: of the weight.
+    """
+    heads = int(fields["num_attention_heads"])
+    groups = int(fields.get("num_query_groups") or heads)
+    size = int(fields.get("kv_channels") or int(fields["hidden_size"]) // heads)
+    is_gated = bool(fields.get("gated_linear_unit") or fields.get("swiglu", True))
+    found: tuple[Target, ...] = ()
+    if key.endswith("linear_qkv.weight"):
+        found = _qkv_targets(ALL_TARGETS, heads // groups, size, num_rows)
+    elif key.endswith("linear_fc1.weight"):
+        found = _gated_targets(ALL_TARGETS, num_rows, is_gated=is_gated)
+    elif key.endswith("linear_proj.weight"):
+        found = _whole_target(ALL_TARGETS, "o_proj", num_rows)
+    elif key.endswith("linear_fc2.weight"):
+        found = _whole_target(ALL_TARGETS, "down_proj", num_rows)
+    return {target.name: target.rows for target in found}
 
 
 def _replace(spec: Any, lora: AdapterOptions, makers: dict[str, Any]) -> None:

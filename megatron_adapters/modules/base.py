@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from chatlearn.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from chatlearn.data.tokenizer import Tokenizer, load_tokenizer
 from chatlearn.errors import ConfigError, DataError
-from chatlearn.models.base import BaseModule, CompletedConfig
 from chatlearn.models.plain_weights import HUGGINGFACE
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters import checkpointing
 from megatron_adapters.batches import Rows, check_token_ids
-from megatron_adapters.layer_specs import is_transformer_engine_installed, needs_own_layers
-from megatron_adapters.layout_problems import find_layout_problems, find_lora_problems
 from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import MegatronSettings, build_settings
+from megatron_adapters.modules.planned import PlannedModule
 from megatron_adapters.packing import PackedBatch, pack_micro_batches
 from megatron_adapters.packing_options import build_packing_options
 from megatron_adapters.parallel_state import (
@@ -27,8 +25,6 @@ from megatron_adapters.parallel_state import (
 )
 from megatron_adapters.precision import with_precision
 from megatron_adapters.training import TrainingState, build_training_state
-from megatron_adapters.weights import describe_layout
-from megatron_adapters.weights.architecture import Head
 from megatron_adapters.weights.export import export_shards, plan_export
 from megatron_adapters.weights.huggingface import huggingface_renaming
 from megatron_adapters.weights.live_description import (
@@ -36,26 +32,20 @@ from megatron_adapters.weights.live_description import (
     frozen_names,
     weight_tensors,
 )
-from megatron_adapters.weights.model_file import ModelRecord, write_model_file
+from megatron_adapters.weights.model_file import record_of, write_model_file
 from megatron_adapters.weights.pretrained import load_shards
-from megatron_adapters.weights.pretrained_fields import complete_fields
 
 if TYPE_CHECKING:
-    from chatlearn.config import ModelConfig
     from chatlearn.config.schema import LoraConfig
-    from chatlearn.parallel.layout import ParallelLayout
     from megatron_adapters.lora.adapted_model import AdaptedModel
 
 __all__ = ["MegatronModule"]
 
 
-class MegatronModule(BaseModule):
+class MegatronModule(PlannedModule):
     """One Megatron-Core model. Subclasses set `head`, `is_trained` and `use_cache`.
 
     Attributes:
-        head: `lm` gives logits, `scalar` one number per token.
-        is_trained: builds optimizer and schedule.
-        use_cache: the model generates.
         reads_last: a scalar head is read at a row's last token, not before each response token.
         settings: Megatron's configuration objects, after `initialize`.
         groups: this rank's process groups, after `initialize`.
@@ -64,9 +54,6 @@ class MegatronModule(BaseModule):
         adapted: its low-rank adapters, after `setup`; None: it has none.
     """
 
-    head: ClassVar[Head] = "lm"
-    is_trained: ClassVar[bool] = False
-    use_cache: ClassVar[bool] = False
     reads_last: ClassVar[bool] = False
     weight_naming: str = "megatron"
 
@@ -164,6 +151,10 @@ class MegatronModule(BaseModule):
         )
         return pack_micro_batches(micro_batches, options, temperature=temperature)
 
+    def has_own_description(self) -> bool:
+        """Whether a subclass overrides `weight_shards`."""
+        return type(self).weight_shards is not MegatronModule.weight_shards
+
     def weight_shards(self) -> tuple[TensorShard, ...]:
         """This rank's shards, by Megatron's own description."""
         return describe_weights(self.model, self.settings.shape.vocab_size)
@@ -176,53 +167,6 @@ class MegatronModule(BaseModule):
             self.module_args.megatron, head=self.head, use_te=self.settings.use_te
         )
         return renaming.apply(self.weight_shards())
-
-    def complete_config(self, config: "ModelConfig") -> CompletedConfig:
-        """The fields and the tokenizer of the folder that `pretrained` names."""
-        if config.lora is not None and config.lora.adapter is not None:
-            from megatron_adapters.lora.peft_files import complete_lora
-
-            config = config.model_copy(update={"lora": complete_lora(config.lora)})
-        if config.pretrained is None:
-            return CompletedConfig(config)
-        found = complete_fields(config.pretrained, config.megatron, self.head)
-        completed = config.model_copy(update={"megatron": dict(found.fields)})
-        return CompletedConfig(completed, found.notes, find_tokenizer(config.pretrained))
-
-    def find_problems(self, config: "ModelConfig", layout: "ParallelLayout") -> Sequence[str]:
-        """What Megatron or our generation would refuse once the workers run."""
-        problems = find_layout_problems(
-            config.megatron, layout, is_generating=self.use_cache, is_trained=self.is_trained
-        )
-        if config.lora is not None:
-            problems += find_lora_problems(config.megatron, layout, is_trained=self.is_trained)
-        return problems
-
-    def planned_weight_shards(
-        self, config: "ModelConfig", layout: "ParallelLayout"
-    ) -> tuple[tuple[TensorShard, ...], ...] | None:
-        """By rank, from the config alone; None for a subclass that overrides `weight_shards`.
-
-        Transformer Engine names some weights differently. It is expected on the devices of the
-        workers if this machine has it.
-
-        Raises:
-            ConfigError: the layout cannot hold such a model, or a field is set whose effect on
-                the weights only the live module knows.
-        """
-        if type(self).weight_shards is not MegatronModule.weight_shards:
-            return None
-        is_on_cpu = config.num_gpu == 0 or config.num_cpu > 0
-        return describe_layout(
-            with_precision(config.megatron, "cpu" if is_on_cpu else "cuda"),
-            layout,
-            head=self.head,
-            is_generating=self.use_cache,
-            use_te=is_transformer_engine_installed()
-            and not is_on_cpu
-            and not needs_own_layers(config.megatron)
-            and config.lora is None,
-        )
 
     def weight_tensors(self) -> Mapping[str, torch.Tensor]:
         """This rank's weights; with adapters, merged ones as of the last sync."""
@@ -245,17 +189,12 @@ class MegatronModule(BaseModule):
         """Write the model in Megatron's distributed format; every rank takes part."""
         checkpointing.save_model(self.checkpoint_dir, self.model, self.training, iteration)
         if self.context.rank == 0:
-            write_model_file(self.checkpoint_dir, self._model_record())
+            fields = with_precision(self.module_args.megatron, self.device.type)
+            write_model_file(self.checkpoint_dir, record_of(self.head, self.module_args, fields))
         if self.adapted is not None:
             self.adapted.save(self.checkpoint_dir / "adapter")
         if self.module_args.save_huggingface:
             self.save_huggingface(self.checkpoint_dir / "huggingface")
-
-    def _model_record(self) -> ModelRecord:
-        args = self.module_args
-        folder = None if args.pretrained is None else str(Path(args.pretrained).resolve())
-        fields = with_precision(args.megatron, self.device.type)
-        return ModelRecord(fields, self.head, args.family, folder)
 
     def save_huggingface(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder; every rank of the replica calls this.
@@ -284,20 +223,15 @@ class MegatronModule(BaseModule):
         """Start from saved weights; a scalar head that the checkpoint lacks stays as it is."""
         if not Path(folder).is_dir():
             raise ConfigError(f"models.{self.name}.load: {folder} is no folder")
-        skip = ("output_layer.weight",) if self._lacks_head(folder) else ()
+        skip: tuple[str, ...] = ()
+        if self.head == "scalar" and checkpointing.lacks_scalar_head(folder):
+            skip = ("output_layer.weight",)
         if self.adapted is not None and not checkpointing.has_adapters(folder):
             skip += (".lora_A", ".lora_B")
         checkpointing.load_weights(folder, self.model, skip=skip)
         if self.training is not None:
             # The optimizer keeps a copy of the weights in full precision.
             self.training.optimizer.reload_model_params()
-
-    def _lacks_head(self, folder: str) -> bool:
-        """Whether a scalar model starts from a language model's checkpoint."""
-        if self.head == "lm":
-            return False
-        shape = checkpointing.saved_shape(folder, "output_layer.weight")
-        return shape is None or shape[0] != 1
 
     def require_columns(self, data: Mapping[str, Any], *keys: str) -> None:
         """Refuse a batch that lacks columns.

@@ -6,14 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.config.megatron_fields import MEGATRON_FIELDS
 from chatlearn.config.model_fields import MODEL_FIELDS
 from chatlearn.errors import CheckpointError
 from megatron_adapters.weights.architecture import Head
 
-__all__ = ["MODEL_FILE", "ModelRecord", "read_model_file", "write_model_file"]
+if TYPE_CHECKING:
+    from chatlearn.config import ModelConfig
+
+__all__ = ["MODEL_FILE", "ModelRecord", "read_model_file", "record_of", "write_model_file"]
 
 MODEL_FILE = "model.json"
 # How a model is cut does not belong to it.
@@ -37,12 +40,31 @@ class ModelRecord:
         head: `lm` or `scalar`.
         family: of Hugging Face folders; None: not said.
         pretrained: the folder that the model started from; None: there was none.
+        lora: the config's section of adapters in the checkpoint; None: it holds none.
     """
 
     fields: Mapping[str, Any]
     head: Head
     family: str | None = None
     pretrained: str | None = None
+    lora: Mapping[str, Any] | None = None
+
+
+def record_of(head: Head, args: ModelConfig, fields: Mapping[str, Any]) -> ModelRecord:
+    """The record of a live model.
+
+    Args:
+        head: of the model.
+        args: the model's section of the config.
+        fields: its flat Megatron fields.
+    """
+    return ModelRecord(
+        fields,
+        head,
+        args.family,
+        None if args.pretrained is None else str(Path(args.pretrained).resolve()),
+        None if args.lora is None else args.lora.model_dump(mode="json"),
+    )
 
 
 def write_model_file(folder: Path, record: ModelRecord) -> None:

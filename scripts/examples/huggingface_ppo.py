@@ -1,3 +1,4 @@
+# pyright: standard, reportPrivateImportUsage=false
 """PPO from a Hugging Face folder to one that transformers loads.
 
     .venv/bin/python -m scripts.examples.huggingface_ppo [--model DIR] [--lora] [key.path=value ...]
@@ -12,6 +13,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,7 +90,7 @@ def _show(before: Path, after: Path) -> None:
     """Answers of both folders, by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(after)
+    tokenizer: Any = AutoTokenizer.from_pretrained(after)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "name a colour"}],
         add_generation_prompt=True,
@@ -96,7 +98,7 @@ def _show(before: Path, after: Path) -> None:
         return_dict=False,
     )
     for title, folder in (("before", before), ("after", after)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         torch.manual_seed(0)
         samples = model.generate(
             prompt,

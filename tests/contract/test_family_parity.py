@@ -81,7 +81,8 @@ def test_gradients_are_those_of_transformers(ranks, folders, family, layout):
     expected = parity.transformers_gradients(model, sequences)
     found = ranks.run(2, gradients, str(folder), LAYOUTS[layout], sequences)
     covered = dict.fromkeys(expected, 0)
-    for key, box, values in (entry for rank in found for entry in rank):
+    for part in (part for rank in found for part in rank):
+        key, box, values = part.name, part.box, part.values
         slices = tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))
         wanted = expected[key][slices]
         assert values.view(wanted.shape) == pytest.approx(wanted, abs=1e-3 * scale(expected[key]))

@@ -9,6 +9,7 @@ import peft
 from transformers import AutoModelForCausalLM
 
 from megatron_adapters.conversion import parity
+from megatron_adapters.conversion.convert import ConversionOptions, convert
 from megatron_adapters.conversion.tiny_models import build_tiny_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -138,6 +139,20 @@ def test_adapters_go_to_another_layout_with_a_checkpoint(ranks, case, tmp_path):
     expected = ranks.run(1, lora_cases.score, case.options(), case.sequences)[-1]
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_a_checkpoint_is_converted_merged_or_to_an_adapter(ranks, case, tmp_path):
+    ranks.run(2, lora_cases.checkpoint, case.options(**SP2), str(tmp_path / "saved"))
+    convert(tmp_path / "saved", tmp_path / "peft", ConversionOptions("peft"))
+    convert(tmp_path / "saved", tmp_path / "hf", ConversionOptions("hf"))
+    base = AutoModelForCausalLM.from_pretrained(case.base, attn_implementation="eager")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    ids = case.sequences[0][None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, case.model(ids).logits)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    for name, tensor in loaded.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=0)
 
 
 def test_an_adapter_of_another_model_is_refused_by_name(ranks, case, tmp_path):
