@@ -77,11 +77,14 @@ class World:
         return results
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: by themselves, or else by force."""
+        for end in self._ends:
+            end.close()
         for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join(10)
+            process.join(5)
+            if process.is_alive():
+                process.terminate()
+                process.join(10)
         self._folder.cleanup()
 
 

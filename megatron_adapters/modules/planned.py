@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from chatlearn.data.tokenizer import find_tokenizer
+from chatlearn.errors import ConfigError
 from chatlearn.models.base import BaseModule, CompletedConfig
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters.layer_specs import is_transformer_engine_installed, needs_own_layers
@@ -11,6 +12,7 @@ from megatron_adapters.layout_problems import find_layout_problems, find_lora_pr
 from megatron_adapters.precision import with_precision
 from megatron_adapters.weights import describe_layout
 from megatron_adapters.weights.architecture import Head
+from megatron_adapters.weights.export import plan_export
 from megatron_adapters.weights.pretrained_fields import complete_fields
 
 if TYPE_CHECKING:
@@ -50,9 +52,23 @@ class PlannedModule(BaseModule):
         problems = find_layout_problems(
             config.megatron, layout, is_generating=self.use_cache, is_trained=self.is_trained
         )
+        if config.save_huggingface:
+            problems += self._find_export_problems(config)
         if config.lora is not None:
             problems += find_lora_problems(config.megatron, layout, is_trained=self.is_trained)
         return problems
+
+    def _find_export_problems(self, config: "ModelConfig") -> tuple[str, ...]:
+        try:
+            plan_export(
+                config.megatron,
+                head=self.head,
+                family=config.family,
+                template=config.pretrained,
+            )
+        except ConfigError as error:
+            return (f"save_huggingface: {error}",)
+        return ()
 
     def planned_weight_shards(
         self, config: "ModelConfig", layout: "ParallelLayout"

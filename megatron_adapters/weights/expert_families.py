@@ -30,6 +30,7 @@ _EXPERTS = {
     "num_experts_per_tok": "moe_router_topk",
     "moe_intermediate_size": "moe_ffn_hidden_size",
 }
+_RANKED_EXPERTS = 2
 _LATENT = {
     "q_lora_rank": "q_lora_rank",
     "kv_lora_rank": "kv_lora_rank",
@@ -142,6 +143,13 @@ def read_deepseek(config: ModelConfigFile) -> Fields:
     if groups > 1:
         fields["moe_router_num_groups"] = int(groups)
         fields["moe_router_group_topk"] = int(config.need("topk_group"))
+        # A group's rank is the sum of its best two; Megatron takes as many as it chooses of each.
+        if fields["moe_router_topk"] // fields["moe_router_group_topk"] != _RANKED_EXPERTS:
+            raise ConfigError(
+                f"{config.path}: num_experts_per_tok={fields['moe_router_topk']} and topk_group="
+                f"{fields['moe_router_group_topk']}: with groups, twice as many experts as groups "
+                "are chosen in the models that are supported"
+            )
     return fields
 
 

@@ -75,6 +75,7 @@ def test_older_versions_of_transformers_wrote_positions_elsewhere(tmp_path):
         ("llama2", {"hidden_size": "absent"}, "hidden_size is missing"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is false"),
+        ("deepseek_v3", {"num_experts_per_tok": 3}, "num_experts_per_tok=3 and topk_group=1"),
         ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
