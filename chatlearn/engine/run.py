@@ -62,6 +62,8 @@ def run_engine(engine: Engine, config: Config) -> RunResult:
             )
         with RunLog.open(config) as log:
             backend = _create_backend(config, log)
+            for note in plan.notes:
+                log.progress.message(note)
             log.progress.stage("starting workers")
             with Session.open(config, plan, log.folder.path, backend) as session:
                 watch.loop = session.loop

@@ -99,12 +99,22 @@ def gradients(rank, *args):
     return parity.measure_gradients(*args)
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
-def test_greedy_generation_is_that_of_transformers(ranks, folders, family):
+GENERATING = [
+    *((family, parity.ONE) for family in TINY_MODELS),
+    ("gemma3", parity.TP2),
+    ("deepseek_v3", parity.TP2),
+    ("gemma3", parity.PP2),
+    ("deepseek_v3", parity.PP2),
+    ("mixtral", parity.EP2),
+]
+
+
+@pytest.mark.parametrize(("family", "case"), GENERATING)
+def test_greedy_generation_is_that_of_transformers(ranks, folders, family, case):
     folder, model = folders(family)
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 61, (n,), generator=draw) for n in (3, 9, 14)]
-    found = ranks.run(1, generate, str(folder), {}, prompts, 64)[0]
+    found = ranks.run(case.world_size, generate, str(folder), dict(case.fields), prompts, 64)[0]
     for prompt, ids in zip(prompts, found, strict=True):
         assert ids == likeliest(model, prompt, 64)
 

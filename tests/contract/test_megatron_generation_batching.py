@@ -11,6 +11,18 @@ TIGHT = {"num_slots": 4, "prefill_chunk_tokens": 2}
 # Memory for one slot, however large the machine is.
 POOR = {"num_slots": None, "kv_cache_memory_share": 1e-9}
 GQA = {"num_query_groups": 2}
+WINDOWS = {"window_size": [3, 0], "window_attn_skip_freq": [1, 1, 0, 1]}
+GEMMA = {
+    "sandwich_norms": True,
+    "layernorm_zero_centered_gamma": True,
+    "swiglu": False,
+    "gated_linear_unit": True,
+    "activation": "gelu_tanh",
+    "rotary_base_local": 100.0,
+    "embedding_scale": 2.5,
+    "softmax_scale": 0.5,
+    "qk_layernorm": True,
+}
 MODELS = {
     "grouped": GQA,
     "one-group-of-heads": {"num_query_groups": 1},
@@ -26,6 +38,20 @@ MODELS = {
     "learned-positions": {"position_embedding_type": "learned_absolute"},
     "no-positions": {"position_embedding_type": "none"},
     "half-rotary": {"rotary_percent": 0.5},
+    "windows": {**WINDOWS, **GQA},
+    "norms-on-both-sides": {**WINDOWS, **GEMMA},
+    "scaled-positions": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+}
+LATENT = {
+    "multi_latent_attention": True,
+    "num_query_groups": None,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+    "rope_type": "rope",
+    "qk_layernorm": True,
 }
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
 
@@ -105,6 +131,35 @@ def test_batches_that_are_filled_up_for_graphs_say_the_same(ranks):
     plain = sample(ranks, fields=GQA, generation=TIGHT)
     assert_alike(sample(ranks, fields=GQA, generation=TIGHT, is_filled_up=True), plain)
     assert_alike(sample(ranks, fields=GQA, is_filled_up=True), plain)
+    windowed = sample(ranks, fields=WINDOWS, generation=TIGHT)
+    assert_alike(sample(ranks, fields=WINDOWS, generation=TIGHT, is_filled_up=True), windowed)
+
+
+@pytest.mark.parametrize("generation", [CROWDED, TIGHT])
+@pytest.mark.parametrize("fields", [WINDOWS, {**WINDOWS, **GEMMA}])
+def test_windows_are_those_of_a_full_forward(ranks, fields, generation):
+    tokens, logprobs, kind = sample(ranks, fields=fields, generation=generation)
+    assert kind == "DenseProgram"
+    full = ranks.run(1, cases.score_samples, fields, make_prompts(4), tokens)[0]
+    assert_alike((tokens, logprobs), (tokens, full))
+    unlike = {**fields, "window_size": [30, 0]}
+    other = ranks.run(1, cases.score_samples, unlike, make_prompts(4), tokens)[0]
+    assert (
+        max(
+            abs(a - b)
+            for one, two in zip(full, other, strict=True)
+            for a, b in zip(one, two, strict=True)
+        )
+        > 0.01
+    )
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2-pp2"])
+def test_latent_attention_generates_through_its_module(ranks, layout):
+    tokens, logprobs, kind = sample(ranks, layout, fields=LATENT, generation=TIGHT)
+    assert kind == "ModuleProgram"
+    full = ranks.run(1, cases.score_samples, LATENT, make_prompts(4), tokens)[0]
+    assert_alike((tokens, logprobs), (tokens, full))
 
 
 def test_experts_generate_through_megatrons_modules(ranks):
