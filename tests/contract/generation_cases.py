@@ -29,7 +29,9 @@ def sample_prompts(
         use_modules(module)
     if is_filled_up:
         runner = module._runner
-        runner.graphs = DecodeGraphs(runner.program, runner._layer_index, is_recorded=False)
+        runner.graphs = DecodeGraphs(
+            runner.program, runner._layer_index, window=runner._window, is_recorded=False
+        )
     ids = [RowId(number, sample) for number in range(len(prompts)) for sample in range(NUM_SAMPLES)]
     tokens, logprobs = respond(module, prompts, ids[::-1] if is_reversed else ids)
     if is_reversed:

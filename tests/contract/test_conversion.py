@@ -18,6 +18,7 @@ from megatron_adapters.conversion.convert import ConversionOptions, convert, ver
 from megatron_adapters.conversion.tiny_models import TINY_MODELS, build_tiny_model
 from megatron_adapters.conversion.worlds import build_module
 
+SHORT = ("qwen2", "gemma3", "deepseek_v3")
 TO_MEGATRON, TO_HF = ConversionOptions("megatron"), ConversionOptions("hf", max_file_bytes=20000)
 
 
@@ -27,7 +28,13 @@ def folder(tmp_path):
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in SHORT else pytest.mark.long)
+        for family in TINY_MODELS
+    ],
+)
 def test_there_and_back_is_bit_identical(tmp_path, family):
     build_tiny_model(family).save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "mg", TO_MEGATRON)

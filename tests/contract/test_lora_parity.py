@@ -51,7 +51,10 @@ class Case:
         return {"pretrained": str(self.base), "lora": {"adapter": str(self.adapter)}, **layout}
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama3-some"])
+@pytest.fixture(
+    scope="module",
+    params=["qwen2", pytest.param("llama3-some", marks=pytest.mark.long)],
+)
 def case(request, tmp_path_factory):
     family, _, some = request.param.partition("-")
     targets = ["q_proj", "v_proj", "up_proj"] if some else TARGETS

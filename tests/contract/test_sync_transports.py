@@ -191,11 +191,25 @@ def measure(pair):
     return [found for name in pair.groups for found in pair.call(name, cases.measure)]
 
 
-def check_nothing_leaked(pair, before):
-    for old, new in zip(before, measure(pair), strict=True):
-        assert new["bytes"] - old["bytes"] < 5 * MIB
-        for what in ("files", "threads", "children"):
-            assert new[what] <= old[what], (what, old, new)
+def find_growth(before, after):
+    """What each rank has more of than before."""
+    return [
+        (what, old, new)
+        for old, new in zip(before, after, strict=True)
+        for what, most in (("files", 0), ("threads", 0), ("children", 0), ("bytes", 5 * MIB))
+        if new[what] - old[what] > most
+    ]
+
+
+def check_nothing_leaks(pair, work):
+    """What a library keeps, such as a thread of its pool, is kept once; a leak comes again."""
+    for _ in range(3):
+        before = measure(pair)
+        work()
+        grown = find_growth(before, measure(pair))
+        if not grown:
+            break
+    assert not grown
     assert cases.shared_files([n for name in pair.groups for n in pair.processes(name)]) == []
 
 
@@ -213,9 +227,7 @@ def test_nothing_leaks_in_seventy_syncs(pair):
                 synchronizer.sync(version)
 
     sync_in_both_modes(3)
-    before = measure(pair)
-    sync_in_both_modes(35)
-    check_nothing_leaked(pair, before)
+    check_nothing_leaks(pair, lambda: sync_in_both_modes(35))
 
 
 @pytest.mark.parametrize("transport", ["channel"], indirect=True)
@@ -231,9 +243,7 @@ def test_nothing_leaks_in_syncs_that_fail(pair):
             synchronizer.sync(version)
 
     fail_often(1)
-    before = measure(pair)
-    fail_often(2)
-    check_nothing_leaked(pair, before)
+    check_nothing_leaks(pair, lambda: fail_often(2))
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "mixed"], indirect=True)

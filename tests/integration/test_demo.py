@@ -51,6 +51,7 @@ def test_the_readme_runs_a_config_from_a_clean_folder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demos_config_runs_after_the_demo(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("DEMO_DIR", str(tmp_path))
     (tmp_path / "data").mkdir()

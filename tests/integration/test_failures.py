@@ -124,7 +124,9 @@ def test_ctrl_c_ends_the_run_with_130(start):
     assert program.await_silence() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_signal_while_workers_start_leaves_nothing(start, number):
     program = start("build_slow_starter")
     program.await_moment()

@@ -135,7 +135,9 @@ def test_run_local_joins_a_cluster_of_two_nodes_that_is_there(workplace: Workpla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize(
+    "script", ["run_torchrun.sh", pytest.param("run_ray_cluster.sh", marks=pytest.mark.long)]
+)
 def test_every_node_fails_when_the_driver_fails(workplace: Workplace, script: str) -> None:
     codes, outputs = workplace.run_nodes(script, "run.yaml", "models.where.args.fails=true")
     assert codes == [1, 1], outputs
@@ -158,8 +160,8 @@ def test_torchrun_keeps_the_exit_code_of_a_bad_config(workplace: Workplace) -> N
     ("script", "number", "codes"),
     [
         ("run_ray_cluster.sh", signal.SIGINT, [130, 130]),
-        ("run_ray_cluster.sh", signal.SIGKILL, [-9, 1]),
-        ("run_torchrun.sh", signal.SIGINT, [130, 130]),
+        pytest.param("run_ray_cluster.sh", signal.SIGKILL, [-9, 1], marks=pytest.mark.long),
+        pytest.param("run_torchrun.sh", signal.SIGINT, [130, 130], marks=pytest.mark.long),
         ("run_torchrun.sh", signal.SIGTERM, [143, 143]),
     ],
 )

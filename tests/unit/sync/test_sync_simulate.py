@@ -49,6 +49,7 @@ def test_latency_counts_for_each_message():
     assert simulate_sync(plan, speeds).seconds == pytest.approx(2 * (2.0 + 0.5))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.model)
 def test_the_largest_models_are_planned_in_time_and_near_the_bound(case):
     start = time.process_time()
