@@ -1,5 +1,10 @@
 """Every family computes what transformers computes, and leaves as it came."""
 
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,9 +19,22 @@ CASES = [
 ]
 
 
+PROMPTS = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 14)]
+
+
+@dataclass(frozen=True)
+class Saved:
+    folder: Path
+    model: Any
+
+    @cached_property
+    def continued(self):
+        return [likeliest(self.model, prompt, 64) for prompt in PROMPTS]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The saved models and their live twins, by family, each made once."""
+    """The saved models, their live twins and what these continue, by family, each made once."""
     made = {}
 
     def make(family):
@@ -24,7 +42,7 @@ def folders(tmp_path_factory):
             model = build_tiny_model(family)
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
-            made[family] = (folder, model)
+            made[family] = Saved(folder, model)
         return made[family]
 
     return make
@@ -34,7 +52,7 @@ def folders(tmp_path_factory):
 def test_logits_are_those_of_transformers_and_the_export_is_identical(
     ranks, folders, tmp_path, family, case
 ):
-    folder, model = folders(family)
+    folder, model = folders(family).folder, folders(family).model
     sequences = parity.make_sequences(model.config.vocab_size)
     expected = parity.transformers_logits(model, sequences)
     args = (str(folder), dict(case.fields))
@@ -82,7 +100,7 @@ LAYOUTS = {"TP 2": TP2, "PP 2": PP2, "CP 2": CP2}
 
 @pytest.mark.parametrize(("family", "layout"), GRADIENT_CASES)
 def test_gradients_are_those_of_transformers(ranks, folders, family, layout):
-    folder, model = folders(family)
+    folder, model = folders(family).folder, folders(family).model
     sequences = parity.make_sequences(model.config.vocab_size, count=8, seed=3)
     expected = parity.transformers_gradients(model, sequences)
     found = ranks.run(2, gradients, str(folder), LAYOUTS[layout], sequences)
@@ -117,12 +135,9 @@ GENERATING = [
 
 @pytest.mark.parametrize(("family", "case"), GENERATING)
 def test_greedy_generation_is_that_of_transformers(ranks, folders, family, case):
-    folder, model = folders(family)
-    draw = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 61, (n,), generator=draw) for n in (3, 9, 14)]
-    found = ranks.run(case.world_size, generate, str(folder), dict(case.fields), prompts, 64)[0]
-    for prompt, ids in zip(prompts, found, strict=True):
-        assert ids == likeliest(model, prompt, 64)
+    saved = folders(family)
+    args = (str(saved.folder), dict(case.fields), PROMPTS, 64)
+    assert ranks.run(case.world_size, generate, *args)[0] == saved.continued
 
 
 def generate(rank, *args):
