@@ -10,6 +10,7 @@ import torch
 from chatlearn.errors import CheckpointError
 from megatron_adapters.model_building import unwrap
 from megatron_adapters.patches.adam_state import allocate_state, separate_steps
+from megatron_adapters.saved_metadata import check_metadata
 from megatron_adapters.training import TrainingState
 
 __all__ = [
@@ -124,8 +125,15 @@ def _has_extra_state(folder: str) -> bool:
 
 
 def has_checkpoint(folder: str) -> bool:
-    """Whether a folder holds a distributed checkpoint."""
-    return (Path(folder) / "metadata.json").is_file()
+    """Whether a folder holds a distributed checkpoint.
+
+    Raises:
+        CheckpointError: it does, and its metadata is damaged or no record.
+    """
+    if not (Path(folder) / "metadata.json").is_file():
+        return False
+    check_metadata(folder)
+    return True
 
 
 def _load(folder: str, content: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from chatlearn.errors import CheckpointError
 from chatlearn.parallel.sharding import TensorShard
+from megatron_adapters.saved_metadata import check_metadata
 
 __all__ = ["MegatronReader", "write_weights"]
 
@@ -40,6 +41,7 @@ class MegatronReader:
     """
 
     def __init__(self, folder: Path) -> None:
+        check_metadata(folder)
         self._folder = folder
         self._reader = FileSystemReader(str(folder))
         try:

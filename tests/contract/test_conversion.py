@@ -1,6 +1,7 @@
 """Models between Hugging Face folders and Megatron checkpoints, whole or not at all."""
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -237,3 +238,28 @@ def test_the_command(folder, tmp_path, capsys):
     assert main(["convert", str(folder)]) == 2
     assert main(["convert", str(tmp_path), str(tmp_path / "x"), "--to", "hf"]) == 1
     assert "is neither a Hugging Face folder" in capsys.readouterr().err
+
+
+class Attack:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_metadata_that_would_run_something_is_refused_and_does_not_run(folder, tmp_path):
+    convert(folder, tmp_path / "mg", TO_MEGATRON)
+    whole = (tmp_path / "mg" / ".metadata").read_bytes()
+    (tmp_path / "mg" / ".metadata").write_bytes(pickle.dumps(Attack(tmp_path / "owned")))
+    with pytest.raises(CheckpointError, match="names .*open, which is no record of a checkpoint"):
+        convert(tmp_path / "mg", tmp_path / "out", TO_HF)
+    assert not (tmp_path / "owned").exists()
+    (tmp_path / "mg" / ".metadata").write_bytes(whole[:-50])
+    with pytest.raises(CheckpointError, match=".metadata is damaged"):
+        convert(tmp_path / "mg", tmp_path / "out", TO_HF)
+    (tmp_path / "mg" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=".metadata is missing"):
+        convert(tmp_path / "mg", tmp_path / "out", TO_HF)
