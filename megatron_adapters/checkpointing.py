@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chatlearn.errors import CheckpointError
+from megatron_adapters.checkpoint_writer import RankSave, StagingArea, plan_save
 from megatron_adapters.model_building import unwrap
 from megatron_adapters.patches.adam_state import allocate_state, separate_steps
 from megatron_adapters.saved_metadata import check_metadata
@@ -31,21 +32,33 @@ _OPTIMIZER_METADATA = {
 
 
 def save_model(
-    folder: Path, chunks: Sequence[Any], state: TrainingState | None, iteration: int
-) -> None:
-    """Write weights, and with `state` optimizer and schedule; every rank of the replica calls it.
+    folder: Path,
+    chunks: Sequence[Any],
+    state: TrainingState | None,
+    iteration: int,
+    *,
+    staging: StagingArea | None = None,
+    is_checked: bool = True,
+    timeout_s: float = 600.0,
+) -> RankSave:
+    """Plan to write weights, and with `state` optimizer and schedule; every rank calls it.
 
     Args:
         folder: must not hold a checkpoint; the caller makes it visible when all ranks are done.
         chunks: model chunks of this rank.
         state: of a trained model.
         iteration: stored beside the weights.
+        staging: where copies go; None: nothing is copied, and what `RankSave.write` writes is what
+            the tensors hold then.
+        is_checked: let Megatron check that every part of every tensor is saved by one rank.
+        timeout_s: how long rank 0 waits for the others' results.
+
+    Returns:
+        This rank's part, whose `write` writes it.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    from megatron.core import dist_checkpointing
-
     content = _weights(chunks)
     content["iteration"] = iteration
     if state is not None:
@@ -55,7 +68,9 @@ def save_model(
         content["scheduler"] = state.scheduler.state_dict()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        dist_checkpointing.save(content, str(folder), sharded_strategy=build_strategy())
+        return plan_save(
+            folder, content, staging=staging, is_checked=is_checked, timeout_s=timeout_s
+        )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
@@ -108,7 +123,14 @@ def load_training(folder: str, state: TrainingState) -> int:
     loaded = _load(folder, content)
     for number, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[_chunk_key(number, len(chunks))])
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    try:
+        state.optimizer.load_state_dict(loaded["optimizer"])
+    except (KeyError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: its optimizer does not fit: {error!r}. Training goes on at any layout, but "
+            f"models.{state.name}.use_distributed_optimizer and the optimizer stay as they were; "
+            f"set models.{state.name}.load to take the weights alone"
+        ) from error
     for optimizer in inner:
         separate_steps(optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])

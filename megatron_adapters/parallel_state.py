@@ -1,6 +1,7 @@
 # pyright: standard, reportPrivateImportUsage=false
 """Megatron's global parallel state: set up from a layout, read back as a layout; only here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,14 @@ from megatron_adapters.patches import apply_patches
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ParallelGroups", "initialize_parallel_state", "read_groups", "read_layout"]
+__all__ = [
+    "ParallelGroups",
+    "initialize_parallel_state",
+    "read_groups",
+    "read_layout",
+    "read_tracker",
+    "restore_tracker",
+]
 
 
 @dataclass(frozen=True)
@@ -121,3 +129,19 @@ def read_groups(layout: ParallelLayout) -> ParallelGroups:
         ),
         layout=layout,
     )
+
+
+def read_tracker() -> dict[str, torch.Tensor]:
+    """States of Megatron's random number tracker, by name."""
+    return {name: state.clone() for name, state in _tracker().get_states().items()}
+
+
+def restore_tracker(states: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `read_tracker` gave."""
+    _tracker().set_states(dict(states))
+
+
+def _tracker() -> Any:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker()

@@ -1,50 +1,43 @@
 """A checkpoint is a folder that is there as a whole or not at all.
 
-Workers write their models into a draft folder; the driver adds the run's state and renames it.
+Workers write their models into a draft folder; the driver adds the run's state and the manifest,
+and makes it visible by one rename.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from chatlearn.checkpoint.manifest import (
+    FileSum,
+    list_files,
+    sum_files,
+    sync_folder,
+    verify_checkpoint,
+    write_manifest,
+)
+from chatlearn.checkpoint.run_state import RunState, read_run_state, write_run_state
 from chatlearn.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 __all__ = [
     "CheckpointDraft",
-    "RunState",
+    "CheckpointSearch",
     "begin_checkpoint",
     "find_checkpoints",
+    "find_damage",
+    "find_newest",
     "prune_checkpoints",
-    "read_run_state",
 ]
 
-_STATE_FILE = "run_state.json"
 _NAME = re.compile(r"episode_(\d{6,})")
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Where a run stood when a checkpoint was written.
-
-    Attributes:
-        episode: episodes that were finished.
-        train_iteration: global batches trained on.
-        num_drawn: prompts drawn in all.
-        positions: prompts drawn from each data set.
-        seed: of the run.
-    """
-
-    episode: int
-    train_iteration: int
-    num_drawn: int
-    positions: tuple[int, ...]
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -63,29 +56,56 @@ class CheckpointDraft:
         """Where one model's files go."""
         return self.folder / "models" / model_name
 
-    def commit(self, state: RunState) -> Path:
-        """Add the run's state and make the checkpoint visible; gives its folder."""
+    @property
+    def receipts(self) -> Path:
+        """Where workers say that they have written their files; gone when it is committed."""
+        return self.folder / ".receipts"
+
+    def commit(self, state: RunState, known: Mapping[str, FileSum] | None = None) -> Path:
+        """Add state and manifest, and make the checkpoint visible; gives its folder.
+
+        Args:
+            state: of the run.
+            known: sums of files that are on the disk already, by relative path; the others are
+                read here.
+
+        Raises:
+            CheckpointError: something cannot be written.
+        """
         try:
-            text = json.dumps(asdict(state), indent=1)
-            (self.folder / _STATE_FILE).write_text(text, encoding="utf-8")
+            shutil.rmtree(self.receipts, ignore_errors=True)
+            write_run_state(self.folder, state)
+            names = list_files(self.folder)
+            sums = {name: known[name] for name in names if known and name in known}
+            missing = [name for name in names if name not in sums]
+            write_manifest(self.folder, {**sums, **sum_files(self.folder, missing, is_synced=True)})
+            sync_folder(self.folder)
             if self.final.exists():
-                shutil.rmtree(self.final)
+                # It did not verify, or the run would not have come here again.
+                _remove(self.final)
             os.replace(self.folder, self.final)
+            sync_folder(self.final.parent)
         except OSError as error:
             raise CheckpointError(f"{self.final} cannot be written: {error.strerror}") from error
         return self.final
+
+    def discard(self) -> None:
+        """Remove what has been written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def begin_checkpoint(checkpoints_dir: Path, episode: int) -> CheckpointDraft:
     """An empty draft folder for the checkpoint after `episode` finished episodes."""
     final = checkpoints_dir / f"episode_{episode:06d}"
     folder = checkpoints_dir / f".{final.name}.partial"
+    draft = CheckpointDraft(folder, final)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
+        draft.discard()
         (folder / "models").mkdir(parents=True)
+        draft.receipts.mkdir()
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from error
-    return CheckpointDraft(folder, final)
+    return draft
 
 
 def find_checkpoints(checkpoints_dir: Path) -> list[Path]:
@@ -95,25 +115,79 @@ def find_checkpoints(checkpoints_dir: Path) -> list[Path]:
 
 
 def prune_checkpoints(checkpoints_dir: Path, keep: int | None) -> list[Path]:
-    """Remove the oldest checkpoints beyond `keep`; gives those that were removed."""
+    """Remove the oldest checkpoints beyond `keep`; gives those that were removed.
+
+    Only checkpoints that are older than `keep` good ones go, so the newest good one stays
+    whatever became of those after it.
+    """
     if keep is None:
         return []
-    removed = find_checkpoints(checkpoints_dir)[: -max(keep, 1)]
-    for path in removed:
-        shutil.rmtree(path)
-    return removed
+    num_good = 0
+    removed: list[Path] = []
+    for path in reversed(find_checkpoints(checkpoints_dir)):
+        if num_good >= keep:
+            _remove(path)
+            removed.append(path)
+        elif find_damage(path, is_quick=True) is None:
+            num_good += 1
+    return removed[::-1]
 
 
-def read_run_state(checkpoint: Path) -> RunState:
-    """The run's state in a checkpoint.
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that no part of it is ever taken for one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
-    Raises:
-        CheckpointError: the file is missing or not what `commit` writes.
-    """
-    path = checkpoint / _STATE_FILE
+
+def find_damage(checkpoint: Path, *, is_quick: bool = False) -> str | None:
+    """Why a checkpoint does not verify; None where it does; `is_quick` as `verify_checkpoint`."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        content["positions"] = tuple(content["positions"])
-        return RunState(**content)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        verify_checkpoint(checkpoint, is_quick=is_quick)
+        read_run_state(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class CheckpointSearch:
+    """What `find_newest` found.
+
+    Attributes:
+        checkpoint: the newest that verifies; None where there is none.
+        skipped: newer ones, each with the reason.
+    """
+
+    checkpoint: Path | None
+    skipped: tuple[tuple[Path, str], ...] = ()
+
+
+def find_newest(folders: list[Path], trained: tuple[str, ...] | None = None) -> CheckpointSearch:
+    """The newest checkpoint that verifies.
+
+    Args:
+        folders: `checkpoints` folders of runs.
+        trained: names of the models that must be in it; None: any.
+    """
+    candidates = [path for folder in folders for path in find_checkpoints(folder)]
+    skipped: list[tuple[Path, str]] = []
+    for path in sorted(candidates, key=_age, reverse=True):
+        reason = find_damage(path)
+        if reason is None and trained is not None:
+            saved = read_run_state(path).trained
+            if set(saved) != set(trained):
+                reason = f"it trains {', '.join(saved)}; this run trains {', '.join(trained)}"
+        if reason is None:
+            return CheckpointSearch(path, tuple(skipped))
+        skipped.append((path, reason))
+    return CheckpointSearch(None, tuple(skipped))
+
+
+def _age(checkpoint: Path) -> tuple[float, str]:
+    """Sorts by the time of writing, where the state can be read."""
+    try:
+        return read_run_state(checkpoint).created_s, checkpoint.name
+    except CheckpointError:
+        return checkpoint.stat().st_mtime, checkpoint.name

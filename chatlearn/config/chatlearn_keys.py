@@ -1,9 +1,13 @@
-"""Keys that users of ChatLearn know and that are not supported, with what to use instead."""
+"""Keys that users of ChatLearn know: those that are read as ours, and those not supported."""
 
-__all__ = ["UNSUPPORTED"]
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["UNSUPPORTED", "rename_runtime_keys"]
 
 _OFFLOAD = "models that share a device keep their memory; give each model its own devices"
-_RESUME = "set models.<name>.load to the checkpoint folder to start from"
+_RESUME = "set runtime.resume to the checkpoint folder to go on from, or to auto"
 _PROFILE = "set runtime.profile: true; timeline.json in the run folder shows every stage"
 
 UNSUPPORTED: dict[str, dict[str, str]] = {
@@ -31,12 +35,10 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "cpu_schedule_strategy": "CPU-only models are packed",
         "data_checkpoint_path": _RESUME,
         "data_rerank": "samples of one prompt stay in one call where its size allows",
-        "enable_resume_training": _RESUME,
         "free_sync_collective_group": "the groups are kept for the run",
         "load_data_checkpoint_iteration": _RESUME,
         "log_config_file": "write enable_tensorboard, enable_wandb, wandb_project under runtime",
         "log_interval": "metrics are written every episode",
-        "max_data_ckpt_nums": "use save_total_limit",
         "max_iteration_per_sample": "write the loop as a method of a module",
         "nsys": _PROFILE,
         "param_sync_comm_type": "weight sync chooses for each link; see weight_sync_transport",
@@ -48,3 +50,26 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
     },
     "": {"rlhf": "the section is called runtime"},
 }
+
+
+def rename_runtime_keys(section: dict[str, Any], problems: list[str]) -> None:
+    """Read ChatLearn's names of the runtime section as ours; `problems` gets contradictions."""
+    if "enable_resume_training" in section:
+        is_on = section.pop("enable_resume_training")
+        if not isinstance(is_on, bool):
+            problems.append(
+                f"runtime.enable_resume_training: got {is_on!r}, expected true or false"
+            )
+        elif is_on and section.get("resume") is None:
+            section["resume"] = "auto"
+        elif not is_on and section.get("resume") is not None:
+            problems.append(
+                "runtime.enable_resume_training: false, but resume is set: keep resume only"
+            )
+    if "max_data_ckpt_nums" in section:
+        count = section.pop("max_data_ckpt_nums")
+        if section.setdefault("save_total_limit", count) != count:
+            problems.append(
+                "runtime: max_data_ckpt_nums is ChatLearn's name of save_total_limit, and they "
+                f"differ: {count} and {section['save_total_limit']}; keep save_total_limit"
+            )

@@ -11,7 +11,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from chatlearn.config.chatlearn_keys import UNSUPPORTED
+from chatlearn.config.chatlearn_keys import UNSUPPORTED, rename_runtime_keys
 from chatlearn.config.checks import find_contradictions
 from chatlearn.config.megatron_fields import MEGATRON_FIELDS
 from chatlearn.config.model_fields import MODEL_FIELDS
@@ -65,6 +65,9 @@ def load_config(
     empty: dict[str, Any] = {}
     content = {key: empty if value is None else value for key, value in content.items()}
     content = _sort_model_fields(content, problems)
+    if isinstance(content.get("runtime"), Mapping):
+        content["runtime"] = dict(content["runtime"])
+        rename_runtime_keys(content["runtime"], problems)
     _find_unknown(content, problems)
     config = None
     if not problems:

@@ -288,6 +288,16 @@ class RuntimeConfig(_Section):
     save_total_limit: Positive | None = Field(
         default=None, description="checkpoints to keep, the newest; unset: all"
     )
+    async_save: bool = Field(
+        default=True,
+        description="write checkpoints beside the run's work: workers take a copy of what is saved "
+        "(host memory of that size) and go on",
+    )
+    resume: str | None = Field(
+        default=None,
+        description="checkpoint folder to go on from; auto: the newest good one of this "
+        "`exp_name`, if there is one",
+    )
     eval_episode_interval: Count | None = Field(
         default=None, description="evaluate every so many episodes; unset: after the last; 0: never"
     )

@@ -50,6 +50,13 @@ class RelaySampleManager:
     def attach(self, runtime: RuntimeConfig) -> None:
         """Take what it needs from the config's runtime section; called before the first episode."""
 
+    def state(self) -> Mapping[str, Any]:
+        """What a resumed run needs of this manager: plain values; the default has none."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Report numbers under `relay/`."""
         self._metrics.update({name: float(value) for name, value in metrics.items()})
@@ -80,6 +87,15 @@ class RelayStore:
         if self._max_episodes >= 0:
             self._episodes = self._episodes[-max(self._max_episodes, 1) :]
         return list(self._episodes)
+
+    @property
+    def episodes(self) -> tuple[EpisodeRelayBuffer, ...]:
+        """The kept episodes, oldest first; `restore` takes them back."""
+        return tuple(self._episodes)
+
+    def restore(self, episodes: Sequence[EpisodeRelayBuffer]) -> None:
+        """Go on with these episodes."""
+        self._episodes = list(episodes)
 
 
 def identify_rows(rows: Sequence[Mapping[str, Any]]) -> dict[RowId, dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.data.balance import measure_loads
@@ -18,17 +20,34 @@ from chatlearn.errors import ConfigError, DataError
 from chatlearn.flow.execute import FlowRun, RowSource, StageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from chatlearn.engine.engine import Engine
     from chatlearn.engine.run_log import RunLog
     from chatlearn.engine.session import Session
 
-__all__ = ["Rollout", "Sources"]
+__all__ = ["Rollout", "RolloutState", "Sources"]
 
 logger = logging.getLogger(__name__)
 
 Sources = tuple[RowSource, ...]
+
+
+@dataclass(frozen=True)
+class RolloutState:
+    """Where a rollout stands between two episodes.
+
+    Attributes:
+        sampler: the data order.
+        lengths: prompts of each data set.
+        relay: past episodes that are kept.
+        manager: what the sample manager wants to keep.
+    """
+
+    sampler: SamplerState
+    lengths: tuple[int, ...]
+    relay: tuple[EpisodeRelayBuffer, ...] = ()
+    manager: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Rollout:
@@ -66,9 +85,29 @@ class Rollout:
         self._relay_metrics: dict[str, float] = {}
 
     @property
-    def sampler_state(self) -> SamplerState:
-        """Where the data order stands."""
-        return self._sampler.state
+    def state(self) -> RolloutState:
+        """Where data order and sample manager stand; `restore` takes it back."""
+        manager = self._manager
+        own: Mapping[str, Any] = manager.state() if isinstance(manager, RelaySampleManager) else {}
+        return RolloutState(
+            self._sampler.state, tuple(self._prompts.lengths), self._relay.episodes, own
+        )
+
+    def restore(self, state: RolloutState) -> None:
+        """Go on from `state`.
+
+        Raises:
+            DataError: it is of other data sets.
+        """
+        if state.lengths != tuple(self._prompts.lengths):
+            raise DataError(
+                f"the checkpoint's data sets have {state.lengths} prompts, these have "
+                f"{tuple(self._prompts.lengths)}: the order of the data cannot go on"
+            )
+        self._sampler.restore(state.sampler)
+        self._relay.restore(state.relay)
+        if isinstance(self._manager, RelaySampleManager):
+            self._manager.restore(state.manager)
 
     def start(self, episode: int) -> StreamDataset:
         """Draw the episode's prompts and set them going; gives the stream that they end in."""

@@ -8,33 +8,35 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.checkpoint.folders import RunState, begin_checkpoint, prune_checkpoints
+from chatlearn.engine.boundary import EpisodeBoundary
+from chatlearn.engine.checkpoints import Checkpoints
 from chatlearn.engine.episode_metrics import average_workers, summarize_records, wall_seconds
 from chatlearn.engine.evaluation import Evaluation, run_evaluation
 from chatlearn.engine.overhead import build_meter
-from chatlearn.engine.planning import synced_in_episode
 from chatlearn.engine.profile import EpisodeProfile
 from chatlearn.engine.prompts import PromptSource
 from chatlearn.engine.result import RunResult
+from chatlearn.engine.resume import choose_resume_point, read_history
 from chatlearn.engine.rollout import Rollout
 from chatlearn.engine.run_log import RunLog
 from chatlearn.engine.session import Session
+from chatlearn.engine.syncs import WeightSyncs
 from chatlearn.engine.training import train_on_samples
-from chatlearn.engine.worker_calls import save_module
 from chatlearn.errors import ChatLearnError, ConfigError, DataError
-from chatlearn.sync.synchronizer import SyncSettings, WeightSynchronizer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
     from chatlearn.config import Config
     from chatlearn.engine.engine import Engine
+    from chatlearn.engine.resume import ResumePoint
     from chatlearn.flow.call_loop import CallLoop
     from chatlearn.flow.execute import StageRecord
+    from chatlearn.sync.synchronizer import SyncReport
 
-__all__ = ["Terminated", "run_engine"]
+__all__ = ["Run", "Terminated", "run_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,62 +62,82 @@ def run_engine(engine: Engine, config: Config) -> RunResult:
             raise DataError(
                 "the engine has no data set: call set_dataset(prompts), or set data_path"
             )
+        found = choose_resume_point(config.runtime, plan.flows.trainable)
         with RunLog.open(config) as log:
-            backend = _create_backend(config, log)
-            for note in plan.notes:
+            for note in (*plan.notes, *found.notes):
                 log.progress.message(note)
+            if found.point is not None:
+                log.rewind(read_history(found.point.checkpoint))
+            backend = _create_backend(config, log)
             log.progress.stage("starting workers")
             with Session.open(config, plan, log.folder.path, backend) as session:
                 watch.loop = session.loop
-                return _Run(engine, session, log).execute()
+                return Run(engine, session, log, found.point).execute()
 
 
-class _Run:
-    """The state of the loop."""
+class Run:
+    """The state of the loop.
 
-    def __init__(self, engine: Engine, session: Session, log: RunLog) -> None:
+    Args:
+        engine: what runs.
+        session: its workers.
+        log: what it leaves behind.
+        resume: the checkpoint to go on from; None: from the beginning.
+    """
+
+    def __init__(
+        self, engine: Engine, session: Session, log: RunLog, resume: ResumePoint | None
+    ) -> None:
         self.engine = engine
         self.session = session
         self.log = log
         self.runtime = session.config.runtime
+        self.resume = resume
         self.evaluation: Evaluation | None = None
         self.rollouts: list[dict[str, Any]] = []
         self.train_iteration = 0
         self.num_finished = 0
-        self.version = 0
         self.start_metrics: dict[str, float] = {}
-        self.syncs = [(pair, self._build_synchronizer(*pair)) for pair in session.plan.flows.syncs]
+        self.syncs = WeightSyncs(session, self._add_sync, self._tell_sync)
         self.eval_prompts = self._build_eval_prompts()
         self.rollout = Rollout(engine, session, log) if engine.datasets_needed else None
         self.overhead = build_meter(session, has_manager=engine.sample_manager is not None)
         self.profile = EpisodeProfile(session, log.folder.profile_dir)
+        self.checkpoints = Checkpoints(session, log.folder.checkpoints_dir)
+        self.boundary = EpisodeBoundary(self)
 
     def execute(self) -> RunResult:
         """Every episode, one after another."""
         try:
             self._run_episodes()
+            self.checkpoints.finish()
         except Terminated as stop:
-            raise Terminated(f"{stop}{self._save_after_sigterm()}") from None
+            raise Terminated(f"{stop}{self.boundary.save_after_signal()}") from None
         finally:
-            for _, synchronizer in self.syncs:
-                synchronizer.close()
+            self.checkpoints.give_up()
+            self.syncs.close()
         rows = self.evaluation.rows if self.evaluation is not None else {}
         return RunResult(self.log.folder.path, self.rollouts, rows, self.log.metrics.history)
 
     def _run_episodes(self) -> None:
-        synced = self._synchronize(episode=None)
-        # With the first numbers that are written, under names of their own.
-        self.start_metrics = {f"{name}_at_start": value for name, value in synced.items()}
+        if self.resume is not None:
+            self.boundary.load_models(self.resume)
+        synced = self.syncs.synchronize(None, self.resume.state.stale if self.resume else ())
+        if self.resume is None:
+            # With the first numbers that are written, under names of their own.
+            self.start_metrics = {f"{name}_at_start": value for name, value in synced.items()}
         if self.rollout is None:
             self.profile.start(0)
             self.log.write(0, 1, {**self._take_start_metrics(), **self._evaluate(episode=0)})
             self.profile.finish(0)
             return
-        if self.runtime.enable_eval_before_training and self.eval_prompts is not None:
+        if self.resume is not None:
+            self.boundary.restore(self.resume, self.rollout)
+        elif self.runtime.enable_eval_before_training and self.eval_prompts is not None:
             metrics = {**self._take_start_metrics(), **self._evaluate(episode=0)}
             self.log.write_extra(0, metrics)
         self.overhead.finish(time.time())
-        for episode in range(self.runtime.num_episode):
+        for episode in range(self.num_finished, self.runtime.num_episode):
             self._run_episode(self.rollout, episode)
 
     def _take_start_metrics(self) -> dict[str, float]:
@@ -125,6 +147,7 @@ class _Run:
     def _run_episode(self, rollout: Rollout, episode: int) -> None:
         start_s = time.monotonic()
         self.profile.start(episode)
+        self.boundary.mark(rollout)
         self.session.start_episode()
         samples = rollout.start(episode)
         metrics = self._take_start_metrics()
@@ -139,17 +162,18 @@ class _Run:
         rollout.finish()
         metrics.update(rollout.metrics())
         self._add_calls(rollout.records)
-        metrics.update(self._synchronize(episode))
-        metrics.update(self._save(episode))
+        metrics.update(self.syncs.synchronize(episode))
+        self.boundary.is_trained = True
         if self._is_evaluated(episode):
             metrics.update(self._evaluate(episode + 1))
         metrics.update(average_workers(self.session.finish_episode(), "episode"))
+        self.num_finished = episode + 1
+        metrics.update(self._save(metrics))
         metrics["time/episode"] = time.monotonic() - start_s
         metrics.update(self.overhead.finish(time.time()))
         if self.profile.finish(episode):
             # Writing it is no part of the next episode.
             self.overhead.finish(time.time())
-        self.num_finished = episode + 1
         self.log.write(episode, self.runtime.num_episode, metrics)
 
     def _add_calls(self, records: Sequence[StageRecord]) -> None:
@@ -157,22 +181,12 @@ class _Run:
         self.log.add_spans(records)
         self.overhead.add_calls(records)
 
-    def _synchronize(self, episode: int | None) -> dict[str, float]:
-        """Move the weights of every pair that is due; at the start (None) those of all."""
-        metrics: dict[str, float] = {}
-        for pair, synchronizer in self.syncs:
-            destination = pair[1]
-            frequency = self.session.config.model(destination).sync_frequency
-            if not synced_in_episode(episode, frequency):
-                continue
-            self.log.progress.stage(f"syncing weights to {destination}")
-            report = synchronizer.sync(self.version)
-            metrics[f"sync/{destination}/seconds"] = report.seconds
-            metrics[f"sync/{destination}/bytes"] = float(report.num_bytes)
-            self.log.timeline.add("sync", destination, report.start_s, report.end_s)
-            self.overhead.add_models(report.start_s, report.end_s, pair)
-        self.version += 1
-        return metrics
+    def _tell_sync(self, destination: str) -> None:
+        self.log.progress.stage(f"syncing weights to {destination}")
+
+    def _add_sync(self, pair: tuple[str, str], report: SyncReport) -> None:
+        self.log.timeline.add("sync", pair[1], report.start_s, report.end_s)
+        self.overhead.add_models(report.start_s, report.end_s, pair)
 
     def _evaluate(self, episode: int) -> dict[str, float]:
         evaluator = self.engine.evaluator
@@ -195,60 +209,18 @@ class _Run:
             return episode + 1 == self.runtime.num_episode
         return interval > 0 and (episode + 1) % interval == 0
 
-    def _save(self, episode: int) -> dict[str, float]:
+    def _save(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Save the episode that has just ended, if it is its turn; its metrics go along."""
+        self.checkpoints.check()
         interval = self.runtime.save_episode_interval
-        if interval is None or (episode + 1) % interval:
+        if interval is None or self.num_finished % interval:
             return {}
         start_s = time.time()
-        self._write_checkpoint(episode + 1)
+        self.log.progress.stage("saving")
+        self.boundary.save(metrics, is_async=self.runtime.async_save)
         end_s = time.time()
         self.overhead.add_models(start_s, end_s, self.session.plan.flows.trainable)
         return {"time/save": end_s - start_s}
-
-    def _write_checkpoint(self, episode: int) -> str:
-        self.log.progress.stage("saving")
-        directory = self.log.folder.checkpoints_dir
-        draft = begin_checkpoint(directory, episode)
-        for name in self.session.plan.flows.trainable:
-            folder = draft.model_folder(name)
-            self.session.call_all(save_module, folder, self.train_iteration, names=(name,))
-        drawn = self.rollout.sampler_state if self.rollout is not None else None
-        state = RunState(
-            episode,
-            self.train_iteration,
-            drawn.num_drawn if drawn is not None else 0,
-            drawn.positions if drawn is not None else (),
-            self.runtime.seed,
-        )
-        final = draft.commit(state)
-        prune_checkpoints(directory, self.runtime.save_total_limit)
-        return str(final)
-
-    def _save_after_sigterm(self) -> str:
-        if not self.session.plan.flows.trainable:
-            return ""
-        self.session.loop.interrupt = None
-        return f"; saved {self._write_checkpoint(self.num_finished)}"
-
-    def _build_synchronizer(self, source: str, destination: str) -> WeightSynchronizer:
-        groups = self.session.groups
-        modules = self.session.plan.flows.modules
-        settings = SyncSettings(
-            timeout_s=self.runtime.sync_timeout_s,
-            mode=self.runtime.weight_sync_mode,
-            checks=self.runtime.validate_param_sync,
-            transport=self.runtime.weight_sync_transport,
-            bucket_bytes=self.runtime.coalesced_buffer_mb << 20,
-        )
-        synchronizer = WeightSynchronizer(
-            self.session.backend,
-            groups[source],
-            groups[destination],
-            settings,
-            (modules[source].weight_naming, modules[destination].weight_naming),
-        )
-        synchronizer.prepare()
-        return synchronizer
 
     def _build_eval_prompts(self) -> PromptSource | None:
         graph = self.session.plan.flows.evaluator

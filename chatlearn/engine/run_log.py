@@ -18,7 +18,7 @@ from chatlearn.metrics.writers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
     from chatlearn.config import Config
@@ -66,6 +66,10 @@ class RunLog:
         self.metrics.write(episode + 1, metrics)
         self.timeline.write()
         self.progress.episode(episode, num_episodes, metrics)
+
+    def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Let the metrics be those of `history`, as after going back to a checkpoint."""
+        self.metrics.rewind(history)
 
     def write_extra(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of the evaluation before training."""

@@ -31,7 +31,11 @@ KeyT = TypeVar("KeyT")
 
 @dataclass
 class Session:
-    """The workers of a run and the loop that talks to them; a context manager that ends them."""
+    """The workers of a run and the loop that talks to them; a context manager that ends them.
+
+    Attributes:
+        num_updates: global batches that trainers have begun with since the session opened.
+    """
 
     config: Config
     plan: RunPlan
@@ -41,6 +45,7 @@ class Session:
     loop: CallLoop
     pool: LanePool
     infos: Mapping[str, ModuleInfo]
+    num_updates: int = 0
 
     @classmethod
     def open(cls, config: Config, plan: RunPlan, run_dir: Path, backend: Backend) -> Session:

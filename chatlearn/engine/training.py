@@ -102,6 +102,7 @@ class _EpisodeTrainer:
             run = planned[1]
         else:
             run = self._flow_run(batch, self.iteration)
+        self.session.num_updates += 1
         run.pump()
         self._run = run
 

@@ -5,25 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.checkpoint.background import FileWriter, receipt_name
+from chatlearn.checkpoint.plain_values import load_plain, save_plain
 from chatlearn.data.balance import RowLoad, measure_loads
 from chatlearn.data.rows import RowBatch, RowId
-from chatlearn.errors import DataError
+from chatlearn.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from chatlearn.config import ModelConfig, RuntimeConfig
+    from chatlearn.models.base import BaseModule
     from chatlearn.parallel.context import WorkerContext
 
 __all__ = [
     "DatasetSizes",
     "ModuleInfo",
     "RowRequest",
+    "SaveOrder",
     "build_datasets",
     "finish_episode",
+    "load_model",
     "load_rows",
-    "save_module",
+    "load_worker",
+    "mark_start",
+    "save_worker",
     "set_up_module",
     "start_episode",
 ]
@@ -34,6 +41,25 @@ class ModuleInfo:
     """What the engine asks a module once, after setup."""
 
     needs_whole_episode: bool
+
+
+@dataclass(frozen=True)
+class SaveOrder:
+    """What a worker shall save.
+
+    Attributes:
+        draft: the checkpoint's folder.
+        iteration: global batches trained on.
+        saves_model: the model, too, and not only what is the worker's own.
+        is_async: write beside the run's work.
+        is_of_start: random generators as they were when the episode began.
+    """
+
+    draft: Path
+    iteration: int
+    saves_model: bool
+    is_async: bool = False
+    is_of_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +165,68 @@ def finish_episode(context: WorkerContext) -> Mapping[str, float]:
     return context.module.take_metrics()
 
 
-def save_module(context: WorkerContext, folder: Path, iteration: int) -> None:
-    """Save the module under `folder` (one folder for all its ranks)."""
-    context.module.checkpoint_dir = folder
-    context.module.save_checkpoint(iteration)
+def save_worker(context: WorkerContext, order: SaveOrder) -> None:
+    """Write this worker's part of a checkpoint; its receipt tells when all of it is there.
+
+    Raises:
+        CheckpointError: an earlier save is still being written.
+    """
+    module = context.module
+    writer = context.keep("checkpoint files", FileWriter)
+    writer.wait(0.0)
+    if order.saves_model:
+        folder = order.draft / "models" / context.model_name
+        module.save_with(writer, folder, order.iteration)
+    generators = context.keep("generators", lambda: _Generators(module)).at_start
+    state = {
+        "generators": generators if order.is_of_start else module.read_generators(),
+        "module": module.worker_state(),
+    }
+    where = f"{context.model_name}.worker_state()"
+    save_plain(order.draft / _worker_file(context), state, where)
+    name = receipt_name(context.model_name, context.replica, context.rank)
+    writer.start(order.draft, order.draft / ".receipts" / name, is_async=order.is_async)
+
+
+def load_model(context: WorkerContext, checkpoint: Path, is_trained: bool) -> None:
+    """Take the model's weights from a checkpoint; a trained one's with its optimizer."""
+    folder = str(checkpoint / "models" / context.model_name)
+    if is_trained:
+        context.module.resume_checkpoint(folder)
+    else:
+        context.module.load_checkpoint(folder)
+
+
+def load_worker(context: WorkerContext, checkpoint: Path) -> bool:
+    """Put back what belongs to this worker alone; False where it was not there before."""
+    path = checkpoint / _worker_file(context)
+    if not path.is_file():
+        return False
+    state = load_plain(path)
+    try:
+        generators, own = state["generators"], state["module"]
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is not the state of a worker") from error
+    context.module.restore_generators(generators)
+    context.module.restore_worker_state(own)
+    return True
+
+
+class _Generators:
+    """The random generators of a worker as of the beginning of the episode."""
+
+    def __init__(self, module: BaseModule) -> None:
+        self.at_start = module.read_generators()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def mark_start(context: WorkerContext) -> None:
+    """Remember the random generators, for a checkpoint that leaves this episode out."""
+    context.drop("generators")
+    context.keep("generators", lambda: _Generators(context.module))
+
+
+def _worker_file(context: WorkerContext) -> str:
+    return f"workers/{context.model_name}.r{context.replica}.{context.rank}.pt"

@@ -5,15 +5,23 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chatlearn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["JsonLinesWriter", "MetricLog", "MetricWriter", "TensorBoardWriter", "WandbWriter"]
+__all__ = [
+    "JsonLinesWriter",
+    "MetricLog",
+    "MetricWriter",
+    "TensorBoardWriter",
+    "WandbWriter",
+    "format_history",
+]
 
 
 class MetricWriter(Protocol):
@@ -23,26 +31,51 @@ class MetricWriter(Protocol):
         """Write one step's metrics."""
         ...
 
+    def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Let only these steps have been written, each with its `step`."""
+        ...
+
     def close(self) -> None:
         """Write what is left, and close."""
         ...
+
+
+def format_line(step: int, metrics: Mapping[str, float]) -> str:
+    """One step as a line of JSON, names sorted; what is not finite becomes null."""
+    # JSON has no NaN and no infinity.
+    ordered = {
+        name: metrics[name] if math.isfinite(metrics[name]) else None for name in sorted(metrics)
+    }
+    return json.dumps({"step": step, **ordered}) + "\n"
+
+
+def format_history(history: Sequence[Mapping[str, float]]) -> str:
+    """Lines of several steps, each of which names its `step`."""
+    return "".join(
+        format_line(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
+        for entry in history
+    )
 
 
 class JsonLinesWriter:
     """A JSON object per step: `step`, then the metrics by name, sorted."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line and flush it; what is not finite becomes null."""
-        # JSON has no NaN and no infinity.
-        ordered = {
-            name: metrics[name] if math.isfinite(metrics[name]) else None
-            for name in sorted(metrics)
-        }
-        self._file.write(json.dumps({"step": step, **ordered}) + "\n")
+        """Append a line and flush it."""
+        self._file.write(format_line(step, metrics))
         self._file.flush()
+
+    def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Replace the file by one with these lines."""
+        self._file.close()
+        draft = self._path.with_suffix(".partial")
+        draft.write_text(format_history(history), encoding="utf-8")
+        os.replace(draft, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
@@ -55,6 +88,8 @@ class TensorBoardWriter:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._build: Any = SummaryWriter
+        self._folder = folder
         self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -62,6 +97,13 @@ class TensorBoardWriter:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Begin anew: TensorBoard hides what an earlier file has from the first step on."""
+        self._writer.close()
+        self._writer = self._build(str(self._folder), purge_step=0)
+        for entry in history:
+            self.write(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
 
     def close(self) -> None:
         """Close the files."""
@@ -89,6 +131,9 @@ class WandbWriter:
         """Log one step."""
         self._run.log(dict(metrics), step=step)
 
+    def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Nothing: what was logged there stays, and later steps go on from it."""
+
     def close(self) -> None:
         """End the run there."""
         self._run.finish()
@@ -106,6 +151,12 @@ class MetricLog:
         self.history.append({"step": float(step), **metrics})
         for writer in self._writers:
             writer.write(step, metrics)
+
+    def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Let only these steps have been written."""
+        self.history = [dict(entry) for entry in history]
+        for writer in self._writers:
+            writer.rewind(history)
 
     def close(self) -> None:
         """Close every writer."""

@@ -6,20 +6,23 @@ constructor must be light; `setup` builds what is heavy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from chatlearn.checkpoint.generators import read_generators, restore_generators
+from chatlearn.data.copying import copy_value
 from chatlearn.errors import ChatLearnError, FlowError, SyncError
 from chatlearn.models.plain_weights import (
     HUGGINGFACE,
     describe_huggingface,
     describe_state_dict,
     load_state,
-    save_state,
+    read_state,
     state_file_name,
     state_tensors,
+    write_state,
 )
 from chatlearn.models.tracing import STEPS, trace_methods
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from chatlearn.checkpoint.background import FileWriter
     from chatlearn.config import ModelConfig, RuntimeConfig
     from chatlearn.parallel.context import WorkerContext
     from chatlearn.parallel.layout import ParallelLayout
@@ -101,6 +105,7 @@ class BaseModule:
         self._runtime_args: RuntimeConfig | None = None
         self._run_dir: Path | None = None
         self._checkpoint_dir: Path | None = None
+        self._file_writer: FileWriter | None = None
         self._metrics: dict[str, float] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -153,14 +158,36 @@ class BaseModule:
         """Save the model under `self.checkpoint_dir`; every rank calls it.
 
         The default saves `self.model` and `self.optimizer` by their state dicts, one file for
-        each rank of the first data-parallel copy; a module without a model saves nothing.
+        each rank of the first data-parallel copy; a module without a model saves nothing. What
+        writes for long can do so in a job of `write_files`, while the run goes on.
 
         Args:
             iteration: global batches trained on so far.
         """
         if self.model is not None and self.data_parallel_rank == 0:
             path = self.checkpoint_dir / state_file_name(self.layout, self.rank)
-            save_state(path, self.model, self.optimizer, iteration)
+            state = read_state(self.model, self.optimizer, iteration)
+            if self.writes_beside:
+                state = copy_value(state)
+            self.write_files(lambda: [write_state(path, state)])
+
+    def resume_checkpoint(self, folder: str) -> None:
+        """Go on from what `save_checkpoint` saved: a trainer with its optimizer; every rank.
+
+        The default is `load_checkpoint`.
+        """
+        self.load_checkpoint(folder)
+
+    def worker_state(self) -> Mapping[str, Any]:
+        """What else of this worker a resumed run needs; goes into every checkpoint.
+
+        Tensors, numbers, texts, and containers of them; the default has none. Weights, optimizer
+        and the global random generators are saved without it.
+        """
+        return {}
+
+    def restore_worker_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `worker_state` gave."""
 
     def before_episode(self) -> None:
         """Called on every worker when an episode begins."""
@@ -243,11 +270,49 @@ class BaseModule:
         """Whether this is the replica's last rank."""
         return self.rank == self.layout.world_size - 1
 
+    def write_files(self, job: Callable[[], Iterable[Path] | None]) -> None:
+        """Within `save_checkpoint`: run a job that writes files of the checkpoint.
+
+        It runs once `save_checkpoint` has returned, beside the run's work where
+        `runtime.async_save` is true, so it must not read what training changes
+        (`self.writes_beside` says so). Outside a save it runs at once.
+
+        Args:
+            job: writes, and may give the files' paths, which are then read for their checksums
+                here and not by the driver.
+        """
+        if self._file_writer is None:
+            job()
+        else:
+            self._file_writer.submit(job)
+
+    @property
+    def writes_beside(self) -> bool:
+        """Whether jobs of `write_files` run while training goes on."""
+        return self._file_writer is not None and self.runtime_args.async_save
+
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Report numbers; the driver averages them over calls, weighted by rows."""
         self._metrics.update({name: float(value) for name, value in metrics.items()})
 
     # What the framework calls; a backend such as the Megatron module overrides some.
+
+    def save_with(self, writer: FileWriter, folder: Path, iteration: int) -> None:
+        """Call `save_checkpoint` for a folder; jobs go to the writer."""
+        self._checkpoint_dir = folder
+        self._file_writer = writer
+        try:
+            self.save_checkpoint(iteration)
+        finally:
+            self._file_writer = None
+
+    def read_generators(self) -> dict[str, Any]:
+        """States of the random generators that this worker draws from."""
+        return read_generators()
+
+    def restore_generators(self, states: Mapping[str, Any]) -> None:
+        """Put back what `read_generators` gave."""
+        restore_generators(states)
 
     def attach(
         self,

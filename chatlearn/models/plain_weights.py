@@ -23,9 +23,10 @@ __all__ = [
     "describe_huggingface",
     "describe_state_dict",
     "load_state",
-    "save_state",
+    "read_state",
     "state_file_name",
     "state_tensors",
+    "write_state",
 ]
 
 # The naming of weights that live `transformers` models have in common.
@@ -89,17 +90,22 @@ def state_file_name(layout: ParallelLayout, rank: int) -> str:
     return f"model.tp{at.tp_rank}.cp{at.cp_rank}.pp{at.pp_rank}.pt"
 
 
-def save_state(path: Path, model: Any, optimizer: Any, iteration: int) -> None:
-    """Write model and optimizer to `path`; the file appears whole or not at all.
+def read_state(model: Any, optimizer: Any, iteration: int) -> dict[str, Any]:
+    """State of model and optimizer, as `write_state` takes it; the tensors are the live ones."""
+    state = {"model": dict(model.state_dict()), "iteration": iteration}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.state_dict()
+    return state
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> Path:
+    """Write what `read_state` gave to `path`, which it gives; the file appears whole or not at all.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     import torch
 
-    state = {"model": model.state_dict(), "iteration": iteration}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.state_dict()
     draft = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,10 +117,11 @@ def save_state(path: Path, model: Any, optimizer: Any, iteration: int) -> None:
         # What the folder itself raises here must not hide the error above.
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+    return path
 
 
 def load_state(path: Path, model: Any, optimizer: Any, device: torch.device) -> None:
-    """Read what `save_state` wrote, without running code from the file.
+    """Read what `write_state` wrote, without running code from the file.
 
     Raises:
         CheckpointError: the file is missing, damaged, or does not fit the model.

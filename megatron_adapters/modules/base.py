@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,11 +10,10 @@ from chatlearn.data.tokenizer import Tokenizer, load_tokenizer
 from chatlearn.errors import ConfigError, DataError
 from chatlearn.models.plain_weights import HUGGINGFACE
 from chatlearn.parallel.sharding import TensorShard
-from megatron_adapters import checkpointing
 from megatron_adapters.batches import Rows, check_token_ids
 from megatron_adapters.model_building import build_model
-from megatron_adapters.model_config import MegatronSettings, build_settings
-from megatron_adapters.modules.planned import PlannedModule
+from megatron_adapters.model_config import build_settings
+from megatron_adapters.modules.saved import SavedModule
 from megatron_adapters.packing import PackedBatch, pack_micro_batches
 from megatron_adapters.packing_options import build_packing_options
 from megatron_adapters.parallel_state import (
@@ -24,25 +22,22 @@ from megatron_adapters.parallel_state import (
     read_groups,
 )
 from megatron_adapters.precision import with_precision
-from megatron_adapters.training import TrainingState, build_training_state
-from megatron_adapters.weights.export import export_shards, plan_export
+from megatron_adapters.training import build_training_state
 from megatron_adapters.weights.huggingface import huggingface_renaming
 from megatron_adapters.weights.live_description import (
     describe_weights,
     frozen_names,
     weight_tensors,
 )
-from megatron_adapters.weights.model_file import record_of, write_model_file
 from megatron_adapters.weights.pretrained import load_shards
 
 if TYPE_CHECKING:
     from chatlearn.config.schema import LoraConfig
-    from megatron_adapters.lora.adapted_model import AdaptedModel
 
 __all__ = ["MegatronModule"]
 
 
-class MegatronModule(PlannedModule):
+class MegatronModule(SavedModule):
     """One Megatron-Core model. Subclasses set `head`, `is_trained` and `use_cache`.
 
     Attributes:
@@ -57,10 +52,7 @@ class MegatronModule(PlannedModule):
     reads_last: ClassVar[bool] = False
     weight_naming: str = "megatron"
 
-    settings: MegatronSettings
     groups: ParallelGroups
-    training: TrainingState | None = None
-    adapted: "AdaptedModel | None" = None
     _tokenizer: Tokenizer | None = None
 
     def initialize(self) -> None:
@@ -184,54 +176,6 @@ class MegatronModule(PlannedModule):
             return ()
         changed = frozenset[str]() if self.adapted is None else self.adapted.target_names
         return tuple(name for name in frozen_names(self.model) if name not in changed)
-
-    def save_checkpoint(self, iteration: int) -> None:
-        """Write the model in Megatron's distributed format; every rank takes part."""
-        checkpointing.save_model(self.checkpoint_dir, self.model, self.training, iteration)
-        if self.context.rank == 0:
-            fields = with_precision(self.module_args.megatron, self.device.type)
-            write_model_file(self.checkpoint_dir, record_of(self.head, self.module_args, fields))
-        if self.adapted is not None:
-            self.adapted.save(self.checkpoint_dir / "adapter")
-        if self.module_args.save_huggingface:
-            self.save_huggingface(self.checkpoint_dir / "huggingface")
-
-    def save_huggingface(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder; every rank of the replica calls this.
-
-        Raises:
-            ConfigError: the model belongs to no known family.
-            CheckpointError: the folder cannot be written.
-        """
-        tokenizer = self.runtime_args.tokenizer
-        self.before_weight_sync()
-        export_shards(
-            folder,
-            plan_export(
-                with_precision(self.module_args.megatron, self.device.type),
-                head=self.head,
-                family=self.module_args.family,
-                template=self.module_args.pretrained,
-                use_te=self.settings.use_te,
-            ),
-            self.weight_shards(),
-            self.weight_tensors(),
-            tokenizer=None if tokenizer is None else Path(tokenizer),
-        )
-
-    def load_checkpoint(self, folder: str) -> None:
-        """Start from saved weights; a scalar head that the checkpoint lacks stays as it is."""
-        if not Path(folder).is_dir():
-            raise ConfigError(f"models.{self.name}.load: {folder} is no folder")
-        skip: tuple[str, ...] = ()
-        if self.head == "scalar" and checkpointing.lacks_scalar_head(folder):
-            skip = ("output_layer.weight",)
-        if self.adapted is not None and not checkpointing.has_adapters(folder):
-            skip += (".lora_A", ".lora_B")
-        checkpointing.load_weights(folder, self.model, skip=skip)
-        if self.training is not None:
-            # The optimizer keeps a copy of the weights in full precision.
-            self.training.optimizer.reload_model_params()
 
     def require_columns(self, data: Mapping[str, Any], *keys: str) -> None:
         """Refuse a batch that lacks columns.

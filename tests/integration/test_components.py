@@ -193,12 +193,12 @@ def test_sigterm_ends_the_run_at_the_next_chance_with_a_checkpoint(learn_locally
         Environment(lambda b: sampler.forward_step(b)), TrainerFlow(lambda b: trainer.train_step(b))
     ).set_dataset(list(range(20)))
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated, match="saved .*episode_000000"):
+    with pytest.raises(Terminated, match="saved .*episode_000001"):
         learn_locally(
             engine, generation_batch_size=1, train_global_batch_size=1, train_micro_batch_size=1
         )
     assert len(calls) < 10
-    assert len(list(tmp_path.glob("chatlearn/*/checkpoints/episode_000000/run_state.json"))) == 1
+    assert len(list(tmp_path.glob("chatlearn/*/checkpoints/episode_000001/run_state.json"))) == 1
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -17,6 +17,7 @@ NOT_STRICT = {
     "chatlearn/runtime/ray_worker.py",
     "chatlearn/sync/rank_calls.py",
     "chatlearn/sync/transport.py",
+    "megatron_adapters/checkpoint_writer.py",
     "megatron_adapters/checkpointing.py",
     "megatron_adapters/attention.py",
     "megatron_adapters/conversion/megatron_files.py",

@@ -1,21 +1,39 @@
 """Checkpoint folders are there as a whole or not at all."""
 
+import hashlib
+import json
+from dataclasses import asdict, replace
+
 import pytest
 
 from chatlearn.checkpoint.folders import (
-    RunState,
     begin_checkpoint,
     find_checkpoints,
+    find_damage,
+    find_newest,
     prune_checkpoints,
-    read_run_state,
 )
+from chatlearn.checkpoint.manifest import verify_checkpoint
+from chatlearn.checkpoint.run_state import RunState, read_run_state
 from chatlearn.errors import CheckpointError
 
-STATE = RunState(episode=3, train_iteration=12, num_drawn=24, positions=(20, 4), seed=7)
+STATE = RunState(
+    episode=3,
+    train_iteration=12,
+    num_drawn=24,
+    positions=(20, 4),
+    seed=7,
+    lengths=(30, 6),
+    version=4,
+    trained=("policy",),
+)
 
 
-def save(folder, episode):
-    return begin_checkpoint(folder, episode).commit(STATE)
+def save(folder, episode, created_s=0.0):
+    draft = begin_checkpoint(folder, episode)
+    draft.model_folder("policy").mkdir()
+    (draft.model_folder("policy") / "model.pt").write_bytes(bytes(range(200)))
+    return draft.commit(replace(STATE, episode=episode, created_s=created_s))
 
 
 def test_a_checkpoint_is_seen_once_it_is_committed(tmp_path):
@@ -66,7 +84,14 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "[]", "{}", '{"positions": [1]}', '{"positions": [], "extra": 1}']
+    "content",
+    [
+        *(None, "", "[]", "{}", "7", '{"format": 1}', '{"format": 2, "positions": [1]}'),
+        json.dumps({"format": 2, **asdict(STATE), "extra": 1}),
+        json.dumps({"format": 2, **asdict(STATE), "episode": "3"}),
+        json.dumps({"format": 2, **asdict(STATE), "positions": [1, -2]}),
+        "[" * 100_000,
+    ],
 )
 def test_a_state_that_is_missing_or_damaged_names_the_file(tmp_path, content):
     if content is not None:
@@ -79,3 +104,84 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be made: Not a directory"):
         begin_checkpoint(tmp_path / "file", 1)
+
+
+def damage(path, kind):
+    data = bytearray(path.read_bytes())
+    if kind == "missing":
+        path.unlink()
+    elif kind == "cut short":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut short", "changed"])
+@pytest.mark.parametrize("name", ["models/policy/model.pt", "run_state.json", "manifest.json"])
+def test_whatever_is_damaged_is_found_and_named(tmp_path, name, kind):
+    checkpoint = save(tmp_path, 3)
+    verify_checkpoint(checkpoint)
+    damage(checkpoint / name, kind)
+    with pytest.raises(CheckpointError, match=name):
+        verify_checkpoint(checkpoint)
+
+
+def test_files_that_change_places_are_found(tmp_path):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    paths = [each / "run_state.json" for each in (first, second)]
+    texts = [path.read_text() for path in paths]
+    for path, text in zip(paths, reversed(texts), strict=True):
+        path.write_text(text)
+    assert find_damage(first) is not None
+    assert find_damage(second) is not None
+
+
+def test_a_manifest_cannot_name_what_lies_outside(tmp_path):
+    checkpoint = save(tmp_path, 3)
+    content = json.loads((checkpoint / "manifest.json").read_text())
+    content["files"]["../elsewhere"] = [0, ""]
+    text = json.dumps(content["files"], sort_keys=True)
+    content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        verify_checkpoint(checkpoint)
+
+
+def test_a_link_is_no_part_of_a_checkpoint(tmp_path):
+    draft = begin_checkpoint(tmp_path, 3)
+    (draft.folder / "models" / "link").symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match="no plain file"):
+        draft.commit(STATE)
+    assert find_checkpoints(tmp_path) == []
+
+
+def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_the_others(tmp_path):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    save(runs[0], 1, created_s=1.0)
+    good = save(runs[0], 2, created_s=3.0)
+    other = begin_checkpoint(runs[1], 9).commit(replace(STATE, trained=("v",), created_s=4.0))
+    bad = save(runs[1], 1, created_s=5.0)
+    damage(bad / "models/policy/model.pt", "changed")
+    found = find_newest(runs, ("policy",))
+    assert found.checkpoint == good
+    assert [path for path, _ in found.skipped] == [bad, other]
+    assert "checksum differs" in found.skipped[0][1]
+    assert found.skipped[1][1] == "it trains v; this run trains policy"
+    assert find_newest([tmp_path / "none"]).checkpoint is None
+
+
+def test_the_newest_good_checkpoint_is_never_removed(tmp_path):
+    for episode in (1, 2, 3):
+        save(tmp_path, episode)
+    for episode in (2, 3):
+        damage(tmp_path / f"episode_00000{episode}/models/policy/model.pt", "cut short")
+    assert prune_checkpoints(tmp_path, 1) == []
+    assert find_newest([tmp_path]).checkpoint == tmp_path / "episode_000001"
+
+
+def test_what_a_save_left_half_written_is_never_seen(tmp_path):
+    good = save(tmp_path, 1)
+    draft = begin_checkpoint(tmp_path, 2)
+    (draft.folder / "models" / "half").write_text("")
+    assert find_newest([tmp_path]).checkpoint == good

@@ -13,9 +13,10 @@ from chatlearn.models.plain_weights import (
     describe_huggingface,
     describe_state_dict,
     load_state,
-    save_state,
+    read_state,
     state_file_name,
     state_tensors,
+    write_state,
 )
 from chatlearn.parallel.layout import ParallelLayout
 from chatlearn.parallel.sharding import Box, TensorShard
@@ -58,7 +59,7 @@ def test_model_and_optimizer_are_saved_and_loaded(tmp_path):
     model, optimizer = build(0)
     model(torch.ones(4, 2)).square().sum().backward()
     optimizer.step()
-    save_state(tmp_path / "deep" / "model.pt", model, optimizer, 5)
+    write_state(tmp_path / "deep" / "model.pt", read_state(model, optimizer, 5))
     other, other_optimizer = build(1)
     load_state(tmp_path / "deep" / "model.pt", other, other_optimizer, CPU)
     for key, tensor in model.state_dict().items():
@@ -69,7 +70,7 @@ def test_model_and_optimizer_are_saved_and_loaded(tmp_path):
 
 def test_a_model_is_loaded_without_its_optimizer(tmp_path):
     model, _ = build(0)
-    save_state(tmp_path / "model.pt", model, None, 0)
+    write_state(tmp_path / "model.pt", read_state(model, None, 0))
     other, optimizer = build(1)
     load_state(tmp_path / "model.pt", other, optimizer, CPU)
     assert torch.equal(other[0].weight, model[0].weight)
@@ -93,7 +94,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
 
 
 def test_a_checkpoint_of_another_model_or_for_no_model_is_refused(tmp_path):
-    save_state(tmp_path / "model.pt", build(0)[0], None, 0)
+    write_state(tmp_path / "model.pt", read_state(build(0)[0], None, 0))
     with pytest.raises(CheckpointError, match="size mismatch|Missing key"):
         load_state(tmp_path / "model.pt", torch.nn.Linear(5, 5), None, CPU)
     with pytest.raises(CheckpointError, match=r"build self.model in setup\(\) first"):
@@ -103,7 +104,7 @@ def test_a_checkpoint_of_another_model_or_for_no_model_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_state(tmp_path / "taken" / "model.pt", build(0)[0], None, 0)
+        write_state(tmp_path / "taken" / "model.pt", read_state(build(0)[0], None, 0))
 
 
 def test_each_part_of_a_cut_model_has_a_file_of_its_own():

@@ -34,12 +34,12 @@ def count_faults(choice, **variables):
 
 
 def test_freed_memory_is_used_again():
-    # 64 MiB have 16 thousand pages of 4 KiB, or 32 of 2 MiB.
-    assert count_faults("give back") > 8 * count_faults("keep")
+    # 64 MiB have 16 thousand pages of 4 KiB, or 32 of 2 MiB; the heap may grow once more.
+    assert count_faults("give back") > 4 * count_faults("keep")
 
 
 def test_the_variables_do_the_same_for_a_new_process():
-    assert count_faults("give back") > 8 * count_faults("none", **build_allocator_environment())
+    assert count_faults("give back") > 4 * count_faults("none", **build_allocator_environment())
 
 
 def test_the_users_own_settings_stay(monkeypatch):

@@ -1,0 +1,85 @@
+"""Values that are saved and loaded without any code: tensors, numbers, texts, and containers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import TYPE_CHECKING, Any, cast
+
+from chatlearn.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["load_plain", "save_plain", "to_plain"]
+
+
+def to_plain(value: Any, where: str) -> Any:
+    """The value as plain as `load_plain` gives it back; subclasses become their bases.
+
+    Args:
+        value: to be saved.
+        where: names it in messages.
+
+    Raises:
+        CheckpointError: something in it is neither tensor, array, number, text nor container.
+    """
+    import torch
+
+    if value is None or isinstance(value, torch.Tensor):
+        return value.detach() if value is not None else None
+    kinds: tuple[Any, ...] = (bool, int, float, str, bytes)
+    for kind in kinds:
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, dict):
+        entries = cast("dict[Any, Any]", value)
+        return {
+            to_plain(key, where): to_plain(each, f"{where}[{key!r}]")
+            for key, each in entries.items()
+        }
+    if isinstance(value, list | tuple):
+        parts = [to_plain(each, f"{where}[{at}]") for at, each in enumerate(cast("Any", value))]
+        return parts if isinstance(value, list) else tuple(parts)
+    if hasattr(value, "__array__"):
+        return torch.as_tensor(value)
+    raise CheckpointError(
+        f"{where} is a {type(value).__name__}, which cannot be saved: give tensors, numbers, "
+        "texts, or lists, tuples and dicts of them"
+    )
+
+
+def save_plain(path: Path, value: Any, where: str) -> None:
+    """Write a value that `to_plain` accepts; the file appears whole.
+
+    Raises:
+        CheckpointError: it is not plain, or the file cannot be written.
+    """
+    import torch
+
+    plain = to_plain(value, where)
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(plain, draft)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def load_plain(path: Path) -> Any:
+    """Read what `save_plain` wrote, without running code from the file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or holds something else.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} cannot be loaded: it is damaged, or holds more than tensors and numbers"
+        ) from error
