@@ -18,7 +18,13 @@ __all__ = [
 
 
 class ChatLearnError(Exception):
-    """Base of all errors that chatlearn raises on purpose."""
+    """Base of all errors that chatlearn raises on purpose.
+
+    Attributes:
+        is_retryable: processes or connections failed, not the program: the same again may succeed.
+    """
+
+    is_retryable: bool = False
 
 
 class ConfigError(ChatLearnError):
@@ -52,6 +58,8 @@ class CheckpointError(ChatLearnError):
 class WaitTimeoutError(ChatLearnError):
     """A bounded wait ran out."""
 
+    is_retryable = True
+
 
 class WorkerError(ChatLearnError):
     """A worker raised or died.
@@ -64,7 +72,9 @@ class WorkerError(ChatLearnError):
         flow_line: `file:line: source` of the flow call that the worker ran, if it ran one.
         worker_traceback: the worker's own traceback, empty where the worker died.
         is_death: the process is gone; otherwise it raised.
-        is_collateral: a broken connection, which often only follows another rank's failure.
+        is_collateral: a broken connection, which often only follows another rank's failure, or
+            rows that were lost with the node that held them.
+        has_lost_rows: the latter.
     """
 
     def __init__(
@@ -89,6 +99,12 @@ class WorkerError(ChatLearnError):
         self.worker_traceback = worker_traceback
         self.is_death = is_death
         self.is_collateral = False
+        self.has_lost_rows = False
+
+    @property
+    def is_retryable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the worker did not raise by itself."""
+        return self.is_death or self.is_collateral
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_worker_error, (self.message, self.__dict__.copy()))

@@ -358,8 +358,15 @@ class RuntimeConfig(_Section):
         description="devices of a node; auto: its GPUs, and without GPUs as many logical slots "
         "as are asked for",
     )
-    max_restarts: Literal[0] = Field(
-        default=0, description="restarts of dead workers; only 0 so far"
+    max_restarts: Count = Field(
+        default=0,
+        description="how often a run may recover from dead workers, lost nodes and broken "
+        "connections; 0: the first ends it. What user code raises always does",
+    )
+    heartbeat_timeout_s: Seconds | None = Field(
+        default=120.0,
+        description="a worker that does not answer for so long, seconds, counts as dead; null: "
+        "no limit",
     )
     stage_timeout_s: Seconds = Field(
         default=1800.0, description="limit of one call of a stage, seconds"

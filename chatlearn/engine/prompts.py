@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from chatlearn.engine.session import Session
-    from chatlearn.runtime.contract import PendingCall
+    from chatlearn.runtime.contract import PendingCall, WorkerGroup
 
 __all__ = ["PromptSource"]
 
@@ -50,12 +50,12 @@ class PromptSource:
         self._group = session.groups[model_name][0]
         self._key = key
         # By index: a torch Dataset need not end by itself when it is iterated over.
-        parts = [[part[at] for at in range(len(part))] for part in prompts]
-        calls = self._group.call(build_datasets, key, parts, is_eval, ranks=(0,))
-        found = session.collect({model_name: list(calls)}, f"{model_name}.build_dataset")
-        sizes: DatasetSizes = found[model_name][0]
+        self._parts = [[part[at] for at in range(len(part))] for part in prompts]
+        self._is_eval = is_eval
+        sizes = self._build()
         self.lengths = sizes.lengths
         self.num_dropped = sizes.num_dropped
+        session.on_restart.append(self._build_again)
 
     def load(
         self,
@@ -82,6 +82,16 @@ class PromptSource:
             self._session.loop.submit(calls, finish, "reading the data set")
             rows.update(dict.fromkeys(row_ids, (RowSource("batch", calls[0].outputs[0]),)))
         return rows
+
+    def _build(self) -> DatasetSizes:
+        name = self._group.model_name
+        calls = self._group.call(build_datasets, self._key, self._parts, self._is_eval, ranks=(0,))
+        found = self._session.collect({name: list(calls)}, f"{name}.build_dataset")
+        return found[name][0]
+
+    def _build_again(self, group: WorkerGroup) -> None:
+        if group is self._group:
+            self._build()
 
     def _measure(self, call: PendingCall, row_ids: Sequence[RowId]) -> dict[RowId, RowSource]:
         timeout_s = self._session.loop.stage_timeout_s

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.engine.attempts import Attempts
 from chatlearn.engine.boundary import EpisodeBoundary
 from chatlearn.engine.checkpoints import Checkpoints
 from chatlearn.engine.episode_metrics import average_workers, summarize_records, wall_seconds
@@ -15,34 +14,29 @@ from chatlearn.engine.evaluation import Evaluation, run_evaluation
 from chatlearn.engine.overhead import build_meter
 from chatlearn.engine.profile import EpisodeProfile
 from chatlearn.engine.prompts import PromptSource
+from chatlearn.engine.recovery import RecoveryBudget, ReplicaRecovery
 from chatlearn.engine.result import RunResult
 from chatlearn.engine.resume import choose_resume_point, read_history
 from chatlearn.engine.rollout import Rollout
 from chatlearn.engine.run_log import RunLog
-from chatlearn.engine.session import Session
+from chatlearn.engine.sigterm import SigtermWatch, Terminated
 from chatlearn.engine.syncs import WeightSyncs
 from chatlearn.engine.training import train_on_samples
-from chatlearn.errors import ChatLearnError, ConfigError, DataError
+from chatlearn.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from types import TracebackType
-    from typing import Self
+    from collections.abc import Callable, Mapping, Sequence
 
     from chatlearn.config import Config
     from chatlearn.engine.engine import Engine
     from chatlearn.engine.resume import ResumePoint
-    from chatlearn.flow.call_loop import CallLoop
+    from chatlearn.engine.session import Session
     from chatlearn.flow.execute import StageRecord
     from chatlearn.sync.synchronizer import SyncReport
 
 __all__ = ["Run", "Terminated", "run_engine"]
 
 logger = logging.getLogger(__name__)
-
-
-class Terminated(ChatLearnError):  # noqa: N818 - a request to stop, not an error of the run
-    """SIGTERM came; a checkpoint was saved where there is something to save."""
 
 
 def run_engine(engine: Engine, config: Config) -> RunResult:
@@ -53,7 +47,7 @@ def run_engine(engine: Engine, config: Config) -> RunResult:
         DataError: there is no data set where one is needed.
         Terminated: SIGTERM.
     """
-    with _SigtermWatch() as watch:
+    with SigtermWatch() as watch:
         plan = engine.plan(config)
         config = plan.config
         if plan.missing_files:
@@ -68,11 +62,7 @@ def run_engine(engine: Engine, config: Config) -> RunResult:
                 log.progress.message(note)
             if found.point is not None:
                 log.rewind(read_history(found.point.checkpoint))
-            backend = _create_backend(config, log)
-            log.progress.stage("starting workers")
-            with Session.open(config, plan, log.folder.path, backend) as session:
-                watch.loop = session.loop
-                return Run(engine, session, log, found.point).execute()
+            return Attempts(engine, plan, log, watch).run(found.point)
 
 
 class Run:
@@ -83,10 +73,16 @@ class Run:
         session: its workers.
         log: what it leaves behind.
         resume: the checkpoint to go on from; None: from the beginning.
+        budget: how often it may recover from dead workers.
     """
 
     def __init__(
-        self, engine: Engine, session: Session, log: RunLog, resume: ResumePoint | None
+        self,
+        engine: Engine,
+        session: Session,
+        log: RunLog,
+        resume: ResumePoint | None,
+        budget: RecoveryBudget,
     ) -> None:
         self.engine = engine
         self.session = session
@@ -97,6 +93,7 @@ class Run:
         self.rollouts: list[dict[str, Any]] = []
         self.train_iteration = 0
         self.num_finished = 0
+        self.on_ready: Callable[[], None] = lambda: None
         self.start_metrics: dict[str, float] = {}
         self.syncs = WeightSyncs(session, self._add_sync, self._tell_sync)
         self.eval_prompts = self._build_eval_prompts()
@@ -105,6 +102,7 @@ class Run:
         self.profile = EpisodeProfile(session, log.folder.profile_dir)
         self.checkpoints = Checkpoints(session, log.folder.checkpoints_dir)
         self.boundary = EpisodeBoundary(self)
+        session.loop.recover = ReplicaRecovery(session, self.syncs, budget).recover
 
     def execute(self) -> RunResult:
         """Every episode, one after another."""
@@ -127,6 +125,7 @@ class Run:
             # With the first numbers that are written, under names of their own.
             self.start_metrics = {f"{name}_at_start": value for name, value in synced.items()}
         if self.rollout is None:
+            self.on_ready()
             self.profile.start(0)
             self.log.write(0, 1, {**self._take_start_metrics(), **self._evaluate(episode=0)})
             self.profile.finish(0)
@@ -137,6 +136,7 @@ class Run:
             metrics = {**self._take_start_metrics(), **self._evaluate(episode=0)}
             self.log.write_extra(0, metrics)
         self.overhead.finish(time.time())
+        self.on_ready()
         for episode in range(self.num_finished, self.runtime.num_episode):
             self._run_episode(self.rollout, episode)
 
@@ -237,53 +237,3 @@ class Run:
         source = PromptSource(self.session, first, "eval", datasets, is_eval=True)
         self.log.tell_dropped("eval", source.num_dropped, sum(source.lengths))
         return source
-
-
-def _create_backend(config: Config, log: RunLog) -> Any:
-    if config.runtime.backend == "local":
-        from chatlearn.runtime.local_backend import LocalBackend
-
-        return LocalBackend()
-    from chatlearn.runtime.ray_backend import RayBackend
-
-    return RayBackend(log.folder.logs_dir)
-
-
-class _SigtermWatch:
-    """Turns SIGTERM into `Terminated`: at once while workers start, then from within the loop.
-
-    Attributes:
-        loop: the run's loop, once there is one; it is interrupted between two waits.
-    """
-
-    def __init__(self) -> None:
-        self.loop: CallLoop | None = None
-        self._previous: Any = None
-        self._is_requested = False
-        self._is_main = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> Self:
-        if self._is_main:
-            self._previous = signal.signal(signal.SIGTERM, self._request_stop)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._is_main:
-            signal.signal(signal.SIGTERM, self._previous)
-        if self._is_requested and isinstance(error, KeyboardInterrupt):
-            raise Terminated("terminated by SIGTERM") from None
-
-    def _request_stop(self, _number: int, _frame: object) -> None:
-        self._is_requested = True
-        if self.loop is None:
-            # The only exception that Ray lets through its waits (seen in 2.60).
-            raise KeyboardInterrupt
-        self.loop.interrupt = self._stop
-
-    def _stop(self) -> None:
-        raise Terminated("terminated by SIGTERM")

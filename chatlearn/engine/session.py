@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chatlearn.data.balance import Limits
@@ -35,6 +35,7 @@ class Session:
 
     Attributes:
         num_updates: global batches that trainers have begun with since the session opened.
+        on_restart: called with a group whose workers were replaced, once they are set up.
     """
 
     config: Config
@@ -46,6 +47,9 @@ class Session:
     pool: LanePool
     infos: Mapping[str, ModuleInfo]
     num_updates: int = 0
+    on_restart: list[Callable[[WorkerGroup], None]] = field(
+        default_factory=list["Callable[[WorkerGroup], None]"]
+    )
 
     @classmethod
     def open(cls, config: Config, plan: RunPlan, run_dir: Path, backend: Backend) -> Session:
@@ -58,7 +62,7 @@ class Session:
             session = cls(config, plan, run_dir, backend, groups, loop, pool, {})
             session.infos = session._set_up_modules()
         except BaseException:
-            backend.close()
+            backend.stop()
             raise
         return session
 
@@ -71,7 +75,7 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.backend.close()
+        self.backend.stop()
 
     def call_all(
         self, function: Callable[..., Any], *args: Any, names: tuple[str, ...] | None = None
@@ -153,6 +157,18 @@ class Session:
         }
         results = self.collect(calls, "setup")
         return {name: found[0] for name, found in results.items()}
+
+    def set_up_again(self, group: WorkerGroup) -> None:
+        """Set up the module on workers that have taken the place of others."""
+        name = group.model_name
+        calls = group.call(
+            set_up_module, self.config.model(name), self.config.runtime, self.run_dir
+        )
+        self.collect({name: list(calls)}, "setup")
+        if type(self.plan.flows.modules[name]).before_episode is not BaseModule.before_episode:
+            self.collect({name: list(group.call(start_episode))}, "before_episode")
+        for hook in self.on_restart:
+            hook(group)
 
 
 def _train_limits(runtime: RuntimeConfig) -> Limits:

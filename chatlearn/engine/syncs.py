@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatlearn.engine.planning import synced_in_episode
 from chatlearn.sync.synchronizer import SyncSettings, WeightSynchronizer
+from chatlearn.sync.transport import spoil_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -14,9 +16,22 @@ if TYPE_CHECKING:
     from chatlearn.runtime.contract import WorkerGroup
     from chatlearn.sync.synchronizer import SyncReport
 
-__all__ = ["WeightSyncs"]
+__all__ = ["WeightSource", "WeightSyncs"]
 
 Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a replica's weights come from.
+
+    Attributes:
+        pair: the sync that it is a destination of; None: the config.
+        groups: replicas that have the weights; empty: the next sync brings them.
+    """
+
+    pair: Pair | None
+    groups: Sequence[WorkerGroup]
 
 
 class WeightSyncs:
@@ -44,10 +59,10 @@ class WeightSyncs:
         self._pairs = session.plan.flows.syncs
         # For each destination: updates that its weights have seen; absent: not its trainer's.
         self._delivered: dict[str, int] = {}
-        self._synchronizers: dict[Pair, WeightSynchronizer] = {
-            pair: self._build(session.groups[pair[0]], session.groups[pair[1]], self._namings(pair))
-            for pair in self._pairs
-        }
+        # A pair whose workers were replaced has none until its next sync.
+        self._synchronizers: dict[Pair, WeightSynchronizer] = {}
+        for pair in self._pairs:
+            self._synchronizer(pair)
 
     def synchronize(self, episode: int | None, keep: Collection[str] = ()) -> dict[str, float]:
         """Move the weights of every pair that is due; at the start (None) those of all.
@@ -63,7 +78,7 @@ class WeightSyncs:
             if destination in keep or not synced_in_episode(episode, frequency):
                 continue
             self._on_start(destination)
-            report = self._synchronizers[pair].sync(self.version)
+            report = self._synchronizer(pair).sync(self.version)
             self._delivered[destination] = self._session.num_updates
             metrics[f"sync/{destination}/seconds"] = report.seconds
             metrics[f"sync/{destination}/bytes"] = float(report.num_bytes)
@@ -76,6 +91,50 @@ class WeightSyncs:
         """Destinations whose weights are not those that their trainer has now."""
         now = self._session.num_updates
         return tuple(name for _, name in self._pairs if self._delivered.get(name) != now)
+
+    def find_source(self, group: WorkerGroup) -> WeightSource | None:
+        """Where a replica that is started anew gets the weights from that it had; None: nowhere.
+
+        They are its trainer's, if that has not moved on since; else another replica has them. A
+        replica that nothing asks before its next sync can wait for that.
+        """
+        name = group.model_name
+        pair = next((pair for pair in self._pairs if pair[1] == name), None)
+        if pair is None:
+            # What the config gives is what it had.
+            return WeightSource(None, ())
+        groups = self._session.groups
+        if self._delivered.get(name) == self._session.num_updates:
+            return WeightSource(pair, groups[pair[0]])
+        siblings = [other for other in groups[name] if other is not group]
+        if siblings:
+            return WeightSource(pair, siblings[:1])
+        is_next = self._session.config.model(name).sync_frequency == 1
+        if is_next and not self._session.loop.needs(name):
+            return WeightSource(pair, ())
+        return None
+
+    def refresh(self, group: WorkerGroup, source: WeightSource) -> None:
+        """Give a replica that was started anew the weights of `source`."""
+        pair = source.pair
+        if pair is None:
+            return
+        # The plans know the workers that are gone.
+        self._synchronizers.pop(pair, None)
+        if not source.groups:
+            group.call(spoil_weights, "the worker was started anew: its weights come with a sync")
+            return
+        naming = self._session.plan.flows.modules[source.groups[0].model_name].weight_naming
+        namings = (naming, self._namings(pair)[1])
+        self._build(source.groups, [group], namings).sync(max(0, self.version - 1))
+
+    def _synchronizer(self, pair: Pair) -> WeightSynchronizer:
+        found = self._synchronizers.get(pair)
+        if found is None:
+            groups = self._session.groups
+            found = self._build(groups[pair[0]], groups[pair[1]], self._namings(pair))
+            self._synchronizers[pair] = found
+        return found
 
     def close(self) -> None:
         """Forget the plans."""

@@ -10,14 +10,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from chatlearn.errors import FlowError, WaitTimeoutError
+from chatlearn.errors import FlowError, WaitTimeoutError, WorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from chatlearn.runtime.contract import Backend, PendingCall
 
-__all__ = ["CallLoop", "Pump"]
+__all__ = ["CallLoop", "LostCalls", "Pump"]
 
 _POLL_S = 1.0
 
@@ -29,6 +29,10 @@ class Pump(Protocol):
         """Dispatch what can run now; must not block."""
         ...
 
+    def needs(self, model_name: str) -> bool:
+        """Whether calls of a model are still to come or running."""
+        ...
+
 
 @dataclass
 class _Batch:
@@ -38,6 +42,20 @@ class _Batch:
     on_done: Callable[[], None]
     what: str
     started_s: float
+    on_lost: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class LostCalls:
+    """Calls that ran on a replica that is gone.
+
+    Attributes:
+        again: what to run for each of them once the replica is there again.
+        seconds: how long they had run, together.
+    """
+
+    again: tuple[Callable[[], None], ...]
+    seconds: float
 
 
 class CallLoop:
@@ -45,12 +63,14 @@ class CallLoop:
 
     Attributes:
         interrupt: called between waits where set; may raise to end the loop.
+        recover: called with the error of a worker that failed, where set; True: the run goes on.
     """
 
     def __init__(self, backend: Backend, stage_timeout_s: float) -> None:
         self.backend = backend
         self.stage_timeout_s = stage_timeout_s
         self.interrupt: Callable[[], None] | None = None
+        self.recover: Callable[[WorkerError], bool] = lambda _error: False
         self._poll_s = min(_POLL_S, stage_timeout_s)
         self._checked_s = time.monotonic()
         self._pumps: list[Pump] = []
@@ -69,9 +89,22 @@ class CallLoop:
         """Dispatch nothing more for anyone; calls that run may end."""
         self._pumps.clear()
 
-    def submit(self, calls: Sequence[PendingCall], on_done: Callable[[], None], what: str) -> None:
-        """Watch calls that were just started; `on_done` runs when the last of them is done."""
-        batch = _Batch(len(calls), on_done, what, time.monotonic())
+    def submit(
+        self,
+        calls: Sequence[PendingCall],
+        on_done: Callable[[], None],
+        what: str,
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
+        """Watch calls that were just started.
+
+        Args:
+            calls: that belong together.
+            on_done: runs when the last of them is done.
+            what: names them in messages.
+            on_lost: runs instead where their worker was replaced; None: they cannot be made again.
+        """
+        batch = _Batch(len(calls), on_done, what, time.monotonic(), on_lost)
         for call in calls:
             self._open[id(call)] = (call, batch)
 
@@ -94,14 +127,46 @@ class CallLoop:
                 raise FlowError("the flow stalls: no call runs and none can be dispatched")
             self._wait()
 
+    def needs(self, model_name: str) -> bool:
+        """Whether a flow that is attached still needs a model."""
+        return any(pump.needs(model_name) for pump in self._pumps)
+
+    def take_lost(self, model_name: str, replica: int) -> LostCalls | None:
+        """The open calls on a replica, which are watched no longer; None if one of them must end.
+
+        After None everything is as it was.
+        """
+        found: dict[int, _Batch] = {}
+        for call, batch in self._open.values():
+            if (call.worker.model_name, call.worker.replica) == (model_name, replica):
+                found[id(batch)] = batch
+        batches = list(found.values())
+        actions = [batch.on_lost for batch in batches if batch.on_lost is not None]
+        if len(actions) < len(batches):
+            return None
+        self._open = {
+            key: (call, batch)
+            for key, (call, batch) in self._open.items()
+            if id(batch) not in found
+        }
+        now = time.monotonic()
+        return LostCalls(tuple(actions), sum(now - batch.started_s for batch in batches))
+
     def _wait(self) -> None:
         calls = [call for call, _ in self._open.values()]
         try:
             done = self.backend.wait_any(calls, self._poll_s)
         except WaitTimeoutError:
             done = ()
+        except WorkerError as error:
+            if not self.recover(error):
+                raise
+            return
         for call in done:
-            _, batch = self._open.pop(id(call))
+            _, batch = self._open.pop(id(call), (call, None))
+            if batch is None:
+                # Lost while another call's completion led to a recovery.
+                continue
             batch.waiting -= 1
             if batch.waiting == 0:
                 batch.on_done()
@@ -111,15 +176,18 @@ class CallLoop:
 
     def _check_deadlines(self) -> None:
         now = self._checked_s = time.monotonic()
-        late = [
-            f"{batch.what} on {call.worker.model_name}.r{call.worker.replica}.{call.worker.rank}"
+        late = {
+            call.worker: f"{batch.what} on "
+            f"{call.worker.model_name}.r{call.worker.replica}.{call.worker.rank}"
             f" for {now - batch.started_s:.0f} s"
             for call, batch in self._open.values()
             if now - batch.started_s > self.stage_timeout_s
-        ]
+        }
         if late:
+            state = self.backend.explain(tuple(late))
             raise WaitTimeoutError(
                 f"stages outlasted runtime.stage_timeout_s={self.stage_timeout_s:g}: "
-                + "; ".join(late[:8])
+                + "; ".join(list(late.values())[:8])
                 + ". Raise the limit if the stage is just slow."
+                + (f"\n{state}" if state else "")
             )

@@ -139,12 +139,19 @@ class FlowRun:
         self._queues = [self._build_queue(node) for node in graph.nodes]
         self._returned = graph.returned_nodes()
         self._planned: dict[int, tuple[TrainCall, ...]] = {}
+        # Calls whose worker was lost, by node; they are made again as they were.
+        self._lost: dict[int, list[StageCall]] = {}
         self._outputs_missing = dict.fromkeys(rows, len(graph.outputs))
 
     @property
     def is_done(self) -> bool:
         """Whether every call of the flow has finished."""
         return all(queue.is_finished for queue in self._queues)
+
+    def needs(self, model_name: str) -> bool:
+        """Whether calls of a model are still to come or running."""
+        pairs = zip(self._graph.nodes, self._queues, strict=True)
+        return any(node.model_name == model_name and not q.is_finished for node, q in pairs)
 
     def finished_rows(self, node_index: int) -> int:
         """Rows that a node has finished (for progress)."""
@@ -184,10 +191,15 @@ class FlowRun:
         return max(size - size % self._samples_per_prompt, 0) or size
 
     def _dispatch_micro_batches(self, node: FlowNode, queue: NodeQueue) -> None:
-        while queue.has_batch:
+        lost = self._lost.get(node.index, [])
+        while lost or queue.has_batch:
             lane = self._pool.acquire(node.model_name)
             if lane is None:
                 return
+            if lost:
+                again = lost.pop(0)
+                self._submit(node, lane, again, again.row_ids)
+                continue
             iteration = queue.num_dispatched
             row_ids = queue.take()
             call = StageCall(
@@ -214,7 +226,11 @@ class FlowRun:
             self._record(node, lane.label, report, row_ids)
             self._finish_rows(node, row_ids, output_call.outputs[0], report.loads)
 
-        self._loop.submit(calls, finish, f"{node.model_name}.{node.method_name}")
+        def lose() -> None:
+            self._pool.release(lane)
+            self._lost.setdefault(node.index, []).append(call)
+
+        self._loop.submit(calls, finish, f"{node.model_name}.{node.method_name}", lose)
 
     def _dispatch_training(self, node: FlowNode, queue: NodeQueue) -> None:
         if not queue.has_batch:

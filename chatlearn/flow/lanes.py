@@ -65,6 +65,7 @@ class LanePool:
     ) -> None:
         self._lanes = {name: build_lanes(members) for name, members in groups.items()}
         self._busy: dict[str, set[int]] = {name: set() for name in groups}
+        self._held: set[WorkerGroup] = set()
         self._partners: dict[str, tuple[str, ...]] = {
             name: tuple(n for group in colocation if name in group for n in group if n != name)
             for name in groups
@@ -80,7 +81,7 @@ class LanePool:
             return None
         busy = self._busy[model_name]
         for lane in self._lanes[model_name]:
-            if lane.index not in busy:
+            if lane.index not in busy and lane.group not in self._held:
                 busy.add(lane.index)
                 return lane
         return None
@@ -91,6 +92,14 @@ class LanePool:
             return None
         self._busy[model_name].update(range(len(self._lanes[model_name])))
         return self._lanes[model_name]
+
+    def hold(self, group: WorkerGroup) -> None:
+        """Give out no lane of this group until `let_go`."""
+        self._held.add(group)
+
+    def let_go(self, group: WorkerGroup) -> None:
+        """End what `hold` began."""
+        self._held.discard(group)
 
     def release(self, lane: Lane) -> None:
         """Give a lane back."""

@@ -136,6 +136,26 @@ class Backend(Protocol):
         """The value of one output of a call; errors as in `wait_any`."""
         ...
 
+    def restart(self, model_name: str, replica: int) -> None:
+        """Put new workers in the places of a replica's, some of which have died.
+
+        Its group stays the same object; its ranks begin as after `start`. Calls that ran on it are
+        lost.
+
+        Raises:
+            PlacementError: they do not start in time.
+            WorkerError: one failed while it started.
+        """
+        ...
+
+    def explain(self, workers: Sequence[WorkerSummary]) -> str:
+        """What workers do now, for a message about these that do not answer; may be empty."""
+        ...
+
+    def stop(self) -> None:
+        """Stop every worker; `start` may follow."""
+        ...
+
     def close(self) -> None:
         """Stop every worker that was started, and the cluster if this backend started it."""
         ...

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.errors import WorkerError
+from chatlearn.errors import PlacementError, WorkerError
 from chatlearn.parallel.layout import ParallelLayout
 from chatlearn.runtime.contract import (
     ModelSpec,
@@ -160,6 +160,19 @@ class LocalBackend:
     def fetch(self, call: PendingCall, timeout_s: float, output: int = 0) -> Any:
         """The value of one output of a call."""
         return self.get(call.outputs[output], timeout_s)
+
+    def restart(self, model_name: str, replica: int) -> None:
+        """There is no process that could die alone."""
+        raise PlacementError(f"{model_name}.r{replica} lives in the driver process")
+
+    def explain(self, workers: Sequence[WorkerSummary]) -> str:
+        """Nothing: a call has ended when it returns."""
+        del workers
+        return ""
+
+    def stop(self) -> None:
+        """As `close`."""
+        self.close()
 
     def close(self) -> None:
         """Close every worker's resources, and the process world if this backend made it."""

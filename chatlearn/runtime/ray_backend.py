@@ -20,6 +20,8 @@ from chatlearn.runtime.contract import (
     WorkerGroup,
     WorkerSummary,
 )
+from chatlearn.runtime.explain import explain_workers
+from chatlearn.runtime.heartbeats import Heartbeats, kill_worker
 from chatlearn.runtime.module_packing import pack_module
 from chatlearn.runtime.ray_errors import describe_failure, pick_cause
 from chatlearn.runtime.ray_placement import ActorSlot, create_groups
@@ -60,7 +62,11 @@ class _RayGroup:
         self.replica = replica
         self.layout = layout
         self.workers = workers
-        self._actors = tuple(actors)
+        self.actors = tuple(actors)
+
+    def replace(self, actors: Sequence[Any], workers: tuple[WorkerSummary, ...]) -> None:
+        """Go on with other actors, which have taken the place of those before."""
+        self.actors, self.workers = tuple(actors), workers
 
     def call(
         self,
@@ -73,17 +79,28 @@ class _RayGroup:
         """Start the function on the given ranks."""
         import ray
 
-        chosen = tuple(ranks if ranks is not None else range(len(self._actors)))
+        chosen = tuple(ranks if ranks is not None else range(len(self.actors)))
         # Several ranks share one copy in the object store; for one alone that is a detour.
         packed = ray.put((function, args)) if len(chosen) > 1 else (function, args)
         calls: list[PendingCall] = []
         for rank in chosen:
-            method = self._actors[rank].run.options(num_returns=num_outputs)
+            method = self.actors[rank].run.options(num_returns=num_outputs)
             found = method.remote(packed, num_outputs, flow_line)
             refs = (found,) if num_outputs == 1 else tuple(found)
             outputs = tuple(RemoteValue(ref) for ref in refs)
             calls.append(PendingCall(self.workers[rank], outputs, flow_line))
         return tuple(calls)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What the workers were started from, to start some of them again."""
+
+    specs: Mapping[str, ModelSpec]
+    modules: Mapping[str, bytes]
+    slots: Mapping[WorkerPlace, ActorSlot]
+    shares: Mapping[WorkerPlace, ThreadShare]
+    config: Config
 
 
 class RayBackend:
@@ -98,6 +115,10 @@ class RayBackend:
         self._actors: list[_Actor] = []
         self._placement_groups: list[Any] = []
         self._watches: dict[Any, WorkerSummary] = {}
+        self._summaries: dict[_Actor, WorkerSummary] = {}
+        self._groups: dict[tuple[str, int], _RayGroup] = {}
+        self._launch: _Launch | None = None
+        self._heartbeats: Heartbeats | None = None
         self._is_connected = False
 
     def start(
@@ -111,18 +132,53 @@ class RayBackend:
             WorkerError: a worker failed while it started.
         """
         modules = {spec.name: pack_module(spec.name, spec.module) for spec in specs}
+        if not self._is_connected:
+            self._is_connected = True
+            if os.environ.get("RAY_ADDRESS"):
+                ray_cluster.join_cluster(config)
+            else:
+                ray_cluster.start_cluster(config)
         timeout_s = config.runtime.startup_timeout_s
-        self._is_connected = True
-        if os.environ.get("RAY_ADDRESS"):
-            ray_cluster.join_cluster(config)
-        else:
-            ray_cluster.start_cluster(config)
         slots = create_groups(placement, self._placement_groups, timeout_s)
-        given = given_threads(config.runtime_env.env_vars, os.environ)
-        shares = plan_thread_shares(placement, given)
+        shares = plan_thread_shares(
+            placement, given_threads(config.runtime_env.env_vars, os.environ)
+        )
+        by_name = {spec.name: spec for spec in specs}
+        self._launch = launch = _Launch(by_name, modules, slots, shares, config)
+        self._heartbeats = Heartbeats(config.runtime.heartbeat_timeout_s)
         for place in placement.places:
-            self._actors.append(_Actor(self._create(place, slots[place], shares[place]), place))
-        return self._connect(specs, modules, config)
+            self._actors.append(self._create(launch, place))
+        self._connect(launch, self._actors)
+        for spec in specs:
+            for replica in range(spec.num_replicas):
+                self._groups[spec.name, replica] = self._group(spec, replica)
+        return {
+            spec.name: tuple(self._groups[spec.name, at] for at in range(spec.num_replicas))
+            for spec in specs
+        }
+
+    def restart(self, model_name: str, replica: int) -> None:
+        """End what is left of a replica, and start its ranks anew in the same places."""
+        launch = self._launch
+        if launch is None:
+            raise PlacementError("nothing was started that could be started again")
+        key = (model_name, replica)
+        old = [a for a in self._actors if (a.place.model_name, a.place.replica) == key]
+        self._end(old)
+        new = [self._create(launch, actor.place) for actor in old]
+        self._actors = [actor for actor in self._actors if actor not in old] + new
+        self._connect(launch, new)
+        group = self._group(launch.specs[model_name], replica)
+        self._groups[key].replace(group.actors, group.workers)
+
+    def explain(self, workers: Sequence[WorkerSummary]) -> str:
+        """What every worker of the run does now: stack, stage and last collective.
+
+        Args:
+            workers: those that are waited for; they come first and go into the text. All of them
+                are written to a file beside the workers' logs.
+        """
+        return explain_workers(self._summaries.items(), workers, self._heartbeats, self._log_dir)
 
     def put(self, value: Any) -> RemoteValue:
         """Store a value in Ray's object store."""
@@ -176,38 +232,67 @@ class RayBackend:
         except ray.exceptions.RayError as error:
             raise self._cause(error, call) from error
 
-    def close(self) -> None:
-        """Let idle workers end by themselves, kill the rest, and leave the cluster."""
-        if not self._is_connected:
-            return
-        self._is_connected = False
+    def stop(self) -> None:
+        """Let idle workers end by themselves, and kill the rest."""
         import ray
 
-        if ray.is_initialized():
+        if self._heartbeats is not None:
+            self._heartbeats.close()
+            self._heartbeats = None
+        if self._is_connected and ray.is_initialized():
             self._stop_actors()
             for group in self._placement_groups:
                 ray.util.remove_placement_group(group)
         self._placement_groups.clear()
+        self._groups.clear()
+
+    def close(self) -> None:
+        """Stop the workers, and leave the cluster."""
+        if not self._is_connected:
+            return
+        self.stop()
+        self._is_connected = False
         ray_cluster.leave_cluster()
 
     def _stop_actors(self) -> None:
         import ray
 
-        refs = [actor.handle.shut_down.remote() for actor in self._actors]
+        refs = {actor.handle.shut_down.remote(): actor for actor in self._actors}
+        late: list[Any] = []
         if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=_SHUTDOWN_S)
+            _, late = ray.wait(list(refs), num_returns=len(refs), timeout=_SHUTDOWN_S)
         for actor in self._actors:
             ray.kill(actor.handle)
+        for ref in late:
+            # One that was stopped does not hear Ray.
+            summary = self._summaries.get(refs[ref])
+            if summary is not None:
+                kill_worker(summary)
         self._actors.clear()
         self._watches.clear()
+        self._summaries.clear()
 
-    def _create(self, place: WorkerPlace, slot: ActorSlot, share: ThreadShare) -> Any:
+    def _end(self, actors: Sequence[_Actor]) -> None:
+        """Kill these workers and forget them."""
+        import ray
+
+        gone = {self._summaries.pop(actor) for actor in actors if actor in self._summaries}
+        self._watches = {ref: who for ref, who in self._watches.items() if who not in gone}
+        for actor in actors:
+            ray.kill(actor.handle)
+        for summary in gone:
+            if self._heartbeats is not None:
+                self._heartbeats.remove(summary)
+            kill_worker(summary)
+
+    def _create(self, launch: _Launch, place: WorkerPlace) -> _Actor:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        slot = launch.slots[place]
         name = f"{place.model_name}.r{place.replica}.{place.rank}"
         settings = WorkerSettings(
-            share, tuple(sys.path), str(self._log_dir.resolve() / f"{name}.log")
+            launch.shares[place], tuple(sys.path), str(self._log_dir.resolve() / f"{name}.log")
         )
         strategy = PlacementGroupSchedulingStrategy(slot.group, slot.bundle)
         # Groups of their own let a busy worker still be watched and asked for its stack.
@@ -219,16 +304,18 @@ class RayBackend:
             scheduling_strategy=strategy,
             max_restarts=0,
         )
-        return actor.remote(settings)
+        return _Actor(actor.remote(settings), place)
 
-    def _connect(
-        self, specs: Sequence[ModelSpec], modules: Mapping[str, bytes], config: Config
-    ) -> dict[str, tuple[WorkerGroup, ...]]:
+    def _connect(self, launch: _Launch, actors: Sequence[_Actor]) -> None:
+        """Let each replica's workers join their process world, and watch them."""
+        config = launch.config
         timeout_s = config.runtime.startup_timeout_s
         nodes = self._await(
-            {actor: actor.handle.node.remote() for actor in self._actors}, timeout_s, "start"
+            {actor: actor.handle.node.remote() for actor in actors}, timeout_s, "start"
         )
-        is_single_node = len({place.node_id for place in nodes.values()}) == 1
+        ids = {place.node_id for place in nodes.values()}
+        ids |= {summary.node_id for summary in self._summaries.values()}
+        is_single_node = len(ids) == 1
         summaries = {
             actor: WorkerSummary(
                 actor.place.model_name,
@@ -243,7 +330,10 @@ class RayBackend:
         for actor, summary in summaries.items():
             watch = actor.handle.watch.options(concurrency_group="watch")
             self._watches[watch.remote()] = summary
-        first = [actor for actor in self._actors if actor.place.rank == 0]
+        self._summaries.update(summaries)
+        if self._heartbeats is not None:
+            self._heartbeats.add({who: actor.handle for actor, who in summaries.items()})
+        first = [actor for actor in actors if actor.place.rank == 0]
         ports = self._await(
             {
                 actor: actor.handle.host_store.remote(summaries[actor].host, timeout_s)
@@ -256,11 +346,10 @@ class RayBackend:
             (actor.place.model_name, actor.place.replica): (summaries[actor].host, port)
             for actor, port in ports.items()
         }
-        by_name = {spec.name: spec for spec in specs}
         reserved = ray_cluster.object_store_bytes()
         joins: dict[_Actor, Any] = {}
         for actor, summary in summaries.items():
-            spec = by_name[summary.model_name]
+            spec = launch.specs[summary.model_name]
             fields = {
                 "model_name": summary.model_name,
                 "replica": summary.replica,
@@ -272,25 +361,19 @@ class RayBackend:
                 "reserved_shm_bytes": reserved.get(summary.node_id, 0),
             }
             where = address[summary.model_name, summary.replica]
-            joins[actor] = actor.handle.join.remote(fields, spec.layout, modules[spec.name], where)
+            module = launch.modules[spec.name]
+            joins[actor] = actor.handle.join.remote(fields, spec.layout, module, where)
         self._await(joins, timeout_s, "join their process world")
-        return {spec.name: self._group(spec, summaries) for spec in specs}
 
-    def _group(
-        self, spec: ModelSpec, summaries: Mapping[_Actor, WorkerSummary]
-    ) -> tuple[WorkerGroup, ...]:
-        groups: list[WorkerGroup] = []
-        for replica in range(spec.num_replicas):
-            own = [
-                actor
-                for actor in self._actors
-                if actor.place.model_name == spec.name and actor.place.replica == replica
-            ]
-            own.sort(key=lambda actor: actor.place.rank)
-            workers = tuple(summaries[actor] for actor in own)
-            handles = [actor.handle for actor in own]
-            groups.append(_RayGroup(spec.name, replica, spec.layout, handles, workers))
-        return tuple(groups)
+    def _group(self, spec: ModelSpec, replica: int) -> _RayGroup:
+        own = [
+            actor
+            for actor in self._actors
+            if actor.place.model_name == spec.name and actor.place.replica == replica
+        ]
+        own.sort(key=lambda actor: actor.place.rank)
+        workers = tuple(self._summaries[actor] for actor in own)
+        return _RayGroup(spec.name, replica, spec.layout, [a.handle for a in own], workers)
 
     def _await(self, refs: Mapping[_Actor, Any], timeout_s: float, what: str) -> dict[_Actor, Any]:
         """Results of one start-up step of every worker."""

@@ -29,13 +29,14 @@ def describe_failure(error: Exception, worker: WorkerSummary | None, flow_line: 
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, WorkerError):
         return cause
     is_death = isinstance(error, ray.exceptions.RayActorError)
+    is_lost = isinstance(error, ray.exceptions.ObjectLostError)
     if is_death:
         message = "the worker process died (killed, out of memory, or crashed)"
         if worker is not None and worker.process_id:
             message += f"; its process id was {worker.process_id}"
     else:
         message = f"{type(error).__name__}: {error}"
-    return WorkerError(
+    found = WorkerError(
         message,
         model_name=worker.model_name if worker else "unknown",
         rank=worker.rank if worker else 0,
@@ -45,6 +46,9 @@ def describe_failure(error: Exception, worker: WorkerSummary | None, flow_line: 
         worker_traceback="" if is_death else "".join(traceback.format_exception(error)),
         is_death=is_death,
     )
+    # Rows are lost with the node that held them.
+    found.is_collateral = found.has_lost_rows = is_lost
+    return found
 
 
 def pick_cause(failures: Sequence[WorkerError]) -> WorkerError:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import WorkerError
+from chatlearn.runtime.collective_log import CollectiveLog, install
+from chatlearn.runtime.heartbeats import Beat
 from chatlearn.runtime.threads import ThreadShare, count_cores
 
 if TYPE_CHECKING:
@@ -63,6 +66,9 @@ class RayWorker:
         # Workers of every rank spend these seconds now, side by side, not one step at a time.
         import torch  # noqa: F401
 
+        self._collectives = CollectiveLog()
+        install(self._collectives)
+        self._stage, self._stage_start_s = "starting", time.time()
         self._context: WorkerContext | None = None
         self._store: Any = None
 
@@ -129,6 +135,7 @@ class RayWorker:
         context = self._context
         if context is None:
             raise RuntimeError("a worker runs functions only after it has joined its world")
+        self._enter(_stage_name(function, args))
         try:
             resolved = resolve_arguments(args, ray.get)
             result = function(context, *resolved)
@@ -138,6 +145,8 @@ class RayWorker:
             if _is_from_outside(error):
                 raise
             raise self._describe(error, line) from None
+        finally:
+            self._enter("idle")
         return result
 
     def shut_down(self) -> None:
@@ -152,6 +161,11 @@ class RayWorker:
         """Never returns: the call fails when the process dies, and so tells the driver."""
         threading.Event().wait()
 
+    def beat(self) -> Beat:
+        """What this worker does; answered while a call runs, too."""
+        stage, start_s = self._stage, self._stage_start_s
+        return Beat(stage, time.time() - start_s, self._collectives.describe())
+
     def stack(self) -> str:
         """The Python stacks of all threads, for messages about a call that does not end."""
         frames = sys._current_frames()
@@ -160,6 +174,9 @@ class RayWorker:
             f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame)[-6:])}"
             for ident, frame in frames.items()
         )
+
+    def _enter(self, stage: str) -> None:
+        self._stage, self._stage_start_s = stage, time.time()
 
     def _describe(self, error: BaseException, line: str) -> WorkerError:
         import ray.exceptions
@@ -179,9 +196,20 @@ class RayWorker:
             flow_line=line,
             worker_traceback="".join(traceback.format_exception(error)),
         )
-        is_runtime = isinstance(error, RuntimeError)
-        found.is_collateral = is_runtime and any(word in text.lower() for word in _COLLATERAL)
+        is_connection = isinstance(error, RuntimeError) and any(
+            word in text.lower() for word in _COLLATERAL
+        )
+        # Rows are lost with the node that held them.
+        found.has_lost_rows = isinstance(error, ray.exceptions.ObjectLostError)
+        found.is_collateral = is_connection or found.has_lost_rows
         return found
+
+
+def _stage_name(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """The call's function, with the method that a stage calls."""
+    name = getattr(function, "__name__", "call")
+    method = getattr(args[0], "method_name", "") if args else ""
+    return f"{name} {method}".rstrip()
 
 
 def _is_from_outside(error: BaseException) -> bool:

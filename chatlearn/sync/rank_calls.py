@@ -115,7 +115,9 @@ class RankCalls:
                 f"did not {purpose}: {self._name(late)}{f'; {first.text}' if first else ''}"
             )
         if first is not None:
-            raise SyncError(f"{self._what}: {first.text}")
+            error = SyncError(f"{self._what}: {first.text}")
+            error.is_retryable = True
+            raise error
         return found
 
     def tell(self, function: Callable[..., Any], ranks: Iterable[int], *arguments: Any) -> None:

@@ -1,0 +1,166 @@
+# pyright: standard, reportPrivateImportUsage=false
+"""Asks every worker now and then whether it is alive, and ends those that do not answer.
+
+A worker's own thread answers, also while a call runs, so what does not answer is stopped,
+swapped out, or holds Python's lock for good. It is killed; its death is then noticed like any
+other. Driver side, on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from chatlearn.runtime.contract import WorkerSummary
+
+__all__ = ["Beat", "Heartbeats", "kill_worker"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_INTERVAL_S = 5.0
+_KILL_S = 30.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a worker says of itself.
+
+    Attributes:
+        stage: the call that it runs, or `idle`.
+        stage_s: since when, seconds.
+        collective: its last collective.
+    """
+
+    stage: str
+    stage_s: float
+    collective: str
+
+
+@dataclass
+class _Asked:
+    """A worker that is being watched."""
+
+    handle: Any
+    question: Any = None
+    asked_s: float = 0.0
+    beat: Beat | None = None
+    beat_s: float = 0.0
+
+
+class Heartbeats:
+    """Watches the workers of one backend.
+
+    Args:
+        timeout_s: silence after which a worker counts as dead; None: it is only asked.
+    """
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._interval_s = min((timeout_s or _LONGEST_INTERVAL_S) / 4, _LONGEST_INTERVAL_S)
+        self._workers: dict[WorkerSummary, _Asked] = {}
+        self._lock = threading.Lock()
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
+        self._thread.start()
+
+    def add(self, handles: Mapping[WorkerSummary, Any]) -> None:
+        """Watch these workers from now on."""
+        now = time.monotonic()
+        with self._lock:
+            self._workers.update({w: _Asked(h, beat_s=now) for w, h in handles.items()})
+
+    def remove(self, worker: WorkerSummary) -> None:
+        """Watch it no longer."""
+        with self._lock:
+            self._workers.pop(worker, None)
+
+    def describe(self, worker: WorkerSummary) -> str:
+        """What was last heard of a worker."""
+        with self._lock:
+            asked = self._workers.get(worker)
+        if asked is None or asked.beat is None:
+            return "nothing was heard of it yet"
+        ago = time.monotonic() - asked.beat_s
+        beat = asked.beat
+        return (
+            f"last heartbeat {ago:.0f} s ago: {beat.stage} for {beat.stage_s:.0f} s then, "
+            f"{beat.collective}"
+        )
+
+    def close(self) -> None:
+        """End the thread."""
+        self._is_closed.set()
+        self._thread.join(_KILL_S)
+
+    def _run(self) -> None:
+        while not self._is_closed.wait(self._interval_s):
+            with self._lock:
+                workers = dict(self._workers)
+            for worker, asked in workers.items():
+                if self._is_closed.is_set():
+                    return
+                try:
+                    self._look(worker, asked)
+                except Exception:  # noqa: BLE001 - a watch must not end the run
+                    # It is dead, which its other watch tells.
+                    self.remove(worker)
+
+    def _look(self, worker: WorkerSummary, asked: _Asked) -> None:
+        import ray
+
+        now = time.monotonic()
+        if asked.question is None:
+            beat = asked.handle.beat.options(concurrency_group="control")
+            asked.question, asked.asked_s = beat.remote(), now
+            return
+        ready, _ = ray.wait([asked.question], timeout=0)
+        if ready:
+            asked.beat, asked.beat_s = ray.get(asked.question), now
+            asked.question = None
+        elif self._timeout_s is not None and now - asked.asked_s > self._timeout_s:
+            logger.error(
+                "%s.r%d.%d has not answered for %.0f s (runtime.heartbeat_timeout_s) and is "
+                "killed; %s",
+                worker.model_name,
+                worker.replica,
+                worker.rank,
+                now - asked.asked_s,
+                self.describe(worker),
+            )
+            self.remove(worker)
+            kill_worker(worker)
+
+
+def kill_worker(worker: WorkerSummary) -> None:
+    """End a worker's process, also one that is stopped; nothing where its node is gone."""
+    import ray
+    import ray.exceptions
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if worker.node_id == ray.get_runtime_context().get_node_id():
+        _kill(worker.process_id)
+        return
+    strategy = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+    remote: Any = ray.remote(num_cpus=0, max_retries=0)(_kill)
+    try:
+        ray.get(
+            remote.options(scheduling_strategy=strategy).remote(worker.process_id),
+            timeout=_KILL_S,
+        )
+    except (ray.exceptions.RayError, ValueError):
+        logger.warning("node %s does not answer: its workers are taken for dead", worker.host)
+
+
+def _kill(process_id: int) -> None:
+    try:
+        os.kill(process_id, signal.SIGKILL)
+    except ProcessLookupError:
+        return
