@@ -180,15 +180,13 @@ class FlowRun:
         else:
             even_share = -(-len(self._rows) // num_lanes)
             size = self._settings.batch_sizes.get(node.model_name)
-            batch_size = even_share if size is None else self._whole_prompts(size)
+            batch_size = (
+                even_share if size is None else _whole_prompts(size, self._samples_per_prompt)
+            )
         producers = tuple(sorted({index for index in node.inputs if index != ROOT}))
         return NodeQueue(
             tuple(self._rows), len(producers), batch_size, self._settings.is_deterministic
         )
-
-    def _whole_prompts(self, size: int) -> int:
-        """The most rows up to `size` that hold every sample of their prompts, if there are such."""
-        return max(size - size % self._samples_per_prompt, 0) or size
 
     def _dispatch_micro_batches(self, node: FlowNode, queue: NodeQueue) -> None:
         lost = self._lost.get(node.index, [])
@@ -340,3 +338,8 @@ class FlowRun:
                 node.index,
             )
         )
+
+
+def _whole_prompts(size: int, num_samples: int) -> int:
+    """The most rows up to `size` that hold every sample of their prompts, if there are such."""
+    return max(size - size % num_samples, 0) or size

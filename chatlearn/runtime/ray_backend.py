@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.errors import PlacementError, WaitTimeoutError, WorkerError
+from chatlearn.errors import PlacementError, WaitTimeoutError
 from chatlearn.runtime import ray_cluster
 from chatlearn.runtime.contract import (
     ModelSpec,
@@ -23,8 +23,9 @@ from chatlearn.runtime.contract import (
 from chatlearn.runtime.explain import explain_workers
 from chatlearn.runtime.heartbeats import Heartbeats, kill_worker
 from chatlearn.runtime.module_packing import pack_module
-from chatlearn.runtime.ray_errors import describe_failure, pick_cause
+from chatlearn.runtime.ray_errors import describe_failure
 from chatlearn.runtime.ray_placement import ActorSlot, create_groups
+from chatlearn.runtime.ray_watches import DeathWatches
 from chatlearn.runtime.ray_worker import RayWorker, WorkerSettings
 from chatlearn.runtime.threads import ThreadShare, given_threads, plan_thread_shares
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RayBackend"]
 
-_GRACE_S = 1.0
 _SHUTDOWN_S = 3.0
 
 
@@ -114,7 +114,7 @@ class RayBackend:
         self._log_dir = log_dir
         self._actors: list[_Actor] = []
         self._placement_groups: list[Any] = []
-        self._watches: dict[Any, WorkerSummary] = {}
+        self._watches = DeathWatches()
         self._summaries: dict[_Actor, WorkerSummary] = {}
         self._groups: dict[tuple[str, int], _RayGroup] = {}
         self._launch: _Launch | None = None
@@ -202,7 +202,7 @@ class RayBackend:
         import ray
 
         refs = {call.outputs[-1].handle: call for call in calls}
-        waited = [*refs, *self._watches]
+        waited = [*refs, *self._watches.refs]
         ready, _ = ray.wait(waited, num_returns=1, timeout=timeout_s, fetch_local=False)
         if not ready:
             names = sorted({_label(call.worker) for call in calls})
@@ -210,7 +210,7 @@ class RayBackend:
                 f"nothing came back within {timeout_s:g} s; awaited: {', '.join(names[:8])}"
             )
         ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0, fetch_local=False)
-        self._raise_failures(ready, refs, waited)
+        self._watches.raise_failures(ready, refs, waited)
         return tuple(refs[ref] for ref in ready)
 
     def fetch(self, call: PendingCall, timeout_s: float, output: int = 0) -> Any:
@@ -226,11 +226,11 @@ class RayBackend:
                 break
             if left <= 0:
                 raise WaitTimeoutError(f"{_label(call.worker)} did not answer in {timeout_s:g} s")
-            self._raise_failures(self._ready_watches(), {}, list(self._watches))
+            self._watches.raise_failures(self._watches.ready(), {}, self._watches.refs)
         try:
             return ray.get(ref)
         except ray.exceptions.RayError as error:
-            raise self._cause(error, call) from error
+            raise self._watches.cause_of(error, call) from error
 
     def stop(self) -> None:
         """Let idle workers end by themselves, and kill the rest."""
@@ -277,7 +277,7 @@ class RayBackend:
         import ray
 
         gone = {self._summaries.pop(actor) for actor in actors if actor in self._summaries}
-        self._watches = {ref: who for ref, who in self._watches.items() if who not in gone}
+        self._watches.forget(gone)
         for actor in actors:
             ray.kill(actor.handle)
         for summary in gone:
@@ -329,7 +329,7 @@ class RayBackend:
         }
         for actor, summary in summaries.items():
             watch = actor.handle.watch.options(concurrency_group="watch")
-            self._watches[watch.remote()] = summary
+            self._watches.add(watch.remote(), summary)
         self._summaries.update(summaries)
         if self._heartbeats is not None:
             self._heartbeats.add({who: actor.handle for actor, who in summaries.items()})
@@ -400,50 +400,6 @@ class RayBackend:
                 summary = WorkerSummary(place.model_name, place.replica, place.rank, "", "", 0)
                 raise describe_failure(error, summary, "") from error
         return results
-
-    def _ready_watches(self) -> list[Any]:
-        import ray
-
-        watches = list(self._watches)
-        if not watches:
-            return []
-        ready, _ = ray.wait(watches, num_returns=len(watches), timeout=0)
-        return ready
-
-    def _raise_failures(
-        self, ready: Sequence[Any], refs: Mapping[Any, PendingCall], waited: Sequence[Any]
-    ) -> None:
-        failures = self._failures(ready, refs)
-        if not failures:
-            return
-        import ray
-
-        # One failure makes peers fail in turn; give the first cause a moment to show.
-        time.sleep(_GRACE_S)
-        known = list(dict.fromkeys([*waited, *self._watches]))
-        later, _ = ray.wait(known, num_returns=len(known), timeout=0, fetch_local=False)
-        raise pick_cause(self._failures(later, refs) or failures)
-
-    def _failures(self, ready: Sequence[Any], refs: Mapping[Any, PendingCall]) -> list[WorkerError]:
-        import ray.exceptions
-
-        found: list[WorkerError] = []
-        for ref in ready:
-            call = refs.get(ref)
-            try:
-                ray.get(ref)
-            except ray.exceptions.RayError as error:
-                worker = call.worker if call is not None else self._watches.get(ref)
-                line = call.flow_line if call is not None else ""
-                found.append(describe_failure(error, worker, line))
-        return found
-
-    def _cause(self, error: Exception, call: PendingCall) -> WorkerError:
-        first = describe_failure(error, call.worker, call.flow_line)
-        if first.is_death or not first.is_collateral:
-            return first
-        time.sleep(_GRACE_S)
-        return pick_cause([first, *self._failures(self._ready_watches(), {})])
 
 
 def _label(worker: WorkerSummary) -> str:

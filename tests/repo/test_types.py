@@ -10,10 +10,13 @@ COMMENT = re.compile(r"^# pyright: (.+)", re.MULTILINE)
 STANDARD = "standard, reportPrivateImportUsage=false"
 # They call Ray, torch.distributed, Megatron or matplotlib, whose types say little.
 NOT_STRICT = {
+    "chatlearn/runtime/explain.py",
+    "chatlearn/runtime/heartbeats.py",
     "chatlearn/runtime/process_world.py",
     "chatlearn/runtime/ray_backend.py",
     "chatlearn/runtime/ray_cluster.py",
     "chatlearn/runtime/ray_placement.py",
+    "chatlearn/runtime/ray_watches.py",
     "chatlearn/runtime/ray_worker.py",
     "chatlearn/sync/rank_calls.py",
     "chatlearn/sync/transport.py",

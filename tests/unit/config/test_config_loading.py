@@ -92,7 +92,7 @@ def test_every_problem_is_named_at_once():
             "runtime.train_micro_batch_size: got 0 (int), expected greater than or equal to 1",
         ),
         ({"runtime": {"devices_per_node": "x"}}, "runtime.devices_per_node: got 'x' (str)"),
-        ({"runtime": {"max_restarts": 2}}, "runtime.max_restarts: got 2 (int), expected 0"),
+        ({"runtime": {"max_restarts": -2}}, "runtime.max_restarts: got -2 (int), expected greater"),
         (model(num_gpu="many"), "models.policy.num_gpu: got 'many' (str)"),
         (model(lr="fast"), "models.policy.lr: got 'fast' (str), expected float"),
         (model(bf16=1), "models.policy.bf16: got 1 (int), expected bool"),

@@ -71,6 +71,9 @@ class FakeBackend:
     def start(self, specs, placement, config):
         raise NotImplementedError
 
+    def explain(self, workers):
+        return f"{len(workers)} workers are explained"
+
     def close(self):
         self.open.clear()
 
