@@ -49,13 +49,13 @@ def recoveries(result):
     ("moment", "kind", "how"),
     [
         ("policy.forward", "kill", "in_place"),
-        ("reward.forward", "kill", "in_place"),
-        ("policy.eval", "kill", "in_place"),
         ("trainer.train2", "kill", "roll_back"),
-        ("policy.sync2", "kill", "roll_back"),
-        ("trainer.save", "kill", "roll_back"),
-        ("reward.forward", "stop", "in_place"),
-        ("trainer.train3", "stop", "roll_back"),
+        pytest.param("reward.forward", "kill", "in_place", marks=pytest.mark.long),
+        pytest.param("policy.eval", "kill", "in_place", marks=pytest.mark.long),
+        pytest.param("policy.sync2", "kill", "roll_back", marks=pytest.mark.long),
+        pytest.param("trainer.save", "kill", "roll_back", marks=pytest.mark.long),
+        pytest.param("reward.forward", "stop", "in_place", marks=pytest.mark.long),
+        pytest.param("trainer.train3", "stop", "roll_back", marks=pytest.mark.long),
     ],
 )
 def test_the_run_ends_as_if_nothing_had_happened(run, undisturbed, moment, kind, how):
@@ -70,6 +70,7 @@ def test_the_run_ends_as_if_nothing_had_happened(run, undisturbed, moment, kind,
     assert recovery["recovery_s"] > 0
 
 
+@pytest.mark.long
 def test_the_only_replica_waits_for_its_trainer_or_goes_back(run, undisturbed):
     if not undisturbed:
         undisturbed.update(account(run()))
@@ -83,6 +84,7 @@ def test_what_user_code_raises_is_never_tried_again(run):
         run("reward.forward", "raise")
 
 
+@pytest.mark.long
 def test_without_restarts_a_death_ends_the_run(run):
     with pytest.raises(WorkerError, match="the worker process died"):
         run("reward.forward", "kill", max_restarts=0)
