@@ -1,6 +1,7 @@
 # pyright: standard, reportPrivateImportUsage=false
 """Saves and loads models in Megatron's distributed format, which loads at another layout."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,10 @@ def _load(folder: str, content: dict[str, Any]) -> dict[str, Any]:
             "such as checkpoints/episode_000010/models/policy_trainer"
         )
     try:
-        loaded: Any = dist_checkpointing.load(content, folder)
+        with warnings.catch_warnings():
+            # Megatron calls functions that torch deprecates (seen in megatron-core 0.16.1).
+            warnings.simplefilter("ignore", FutureWarning)
+            loaded: Any = dist_checkpointing.load(content, folder)
         return loaded
     except (
         OSError,

@@ -53,7 +53,7 @@ def kill_while_saving(count: int, seed: int, tell: Callable[[str], None]) -> dic
 def _kill_all(
     base: Path, count: int, lots: random.Random, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    config = _write_config(base, num_episodes=count + 20)
+    config = _write_config(base, num_episodes=100 * count)
     resumed = while_writing = 0
     for number in range(count):
         known = _newest_episode(base)

@@ -187,3 +187,31 @@ def test_a_dumped_config_reads_back_to_an_equal_one(tmp_path):
     elsewhere.write_text(dump_config(config), encoding="utf-8")
     assert load_config(elsewhere) == config
     assert load_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("runtime", "expected"),
+    [
+        ({"enable_resume_training": True}, ("auto", None)),
+        ({"enable_resume_training": False}, (None, None)),
+        ({"enable_resume_training": True, "resume": "runs/x"}, ("runs/x", None)),
+        ({"max_data_ckpt_nums": 3}, (None, 3)),
+        ({"max_data_ckpt_nums": 3, "save_total_limit": 3}, (None, 3)),
+    ],
+)
+def test_chatlearns_names_of_resuming_are_read(runtime, expected):
+    found = load_config({"runtime": runtime}).runtime
+    assert (found.resume, found.save_total_limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ({"enable_resume_training": "yes"}, "enable_resume_training: got 'yes', expected true or"),
+        ({"enable_resume_training": False, "resume": "auto"}, "false, but resume is set"),
+        ({"max_data_ckpt_nums": 3, "save_total_limit": 2}, "they differ: 3 and 2"),
+    ],
+)
+def test_chatlearns_names_that_contradict_ours_are_refused(runtime, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config({"runtime": runtime})
