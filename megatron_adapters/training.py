@@ -8,13 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from chatlearn.errors import NumericsError
 from megatron_adapters.model_config import MegatronSettings
 from megatron_adapters.packing import PackedBatch
 from megatron_adapters.parallel_state import ParallelGroups
 from megatron_adapters.pipeline import MicroBatchResult, run_forward_backward
 
-__all__ = ["StepResult", "TrainingState", "build_training_state", "reduce_over_data", "train_batch"]
+__all__ = [
+    "StepResult",
+    "TrainingState",
+    "build_training_state",
+    "has_finite_weights",
+    "reduce_over_data",
+    "train_batch",
+]
 
 _FOREVER = 1 << 40
 
@@ -46,11 +52,13 @@ class StepResult:
         sums: what the loss function kept, added over micro-batches and data-parallel ranks.
         grad_norm: before clipping.
         learning_rate: of this step.
+        is_skipped: the update was left out.
     """
 
     sums: torch.Tensor
     grad_norm: float
     learning_rate: float
+    is_skipped: bool = False
 
 
 def build_training_state(
@@ -77,6 +85,7 @@ def train_batch(
     batches: Sequence[PackedBatch],
     loss_function: Callable[[torch.Tensor, PackedBatch], MicroBatchResult],
     num_sums: int,
+    check: Callable[[torch.Tensor, float], bool],
 ) -> StepResult:
     """Forward, backward, clip, update.
 
@@ -86,9 +95,8 @@ def train_batch(
         loss_function: gives a micro-batch's share of the global loss, and in `kept` a [num_sums]
             tensor whose first entry is that share.
         num_sums: length of `kept`.
-
-    Raises:
-        NumericsError: the loss or the gradient norm is not finite; raised on every rank.
+        check: gets the sums and the gradient's norm, equal on every rank, before the update; False:
+            leave it out. May raise.
     """
     for chunk in state.chunks:
         chunk.train()
@@ -97,19 +105,50 @@ def train_batch(
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
     kept = run_forward_backward(state.chunks, batches, loss_function, state.groups)
     sums = _collect(kept, num_sums, state.groups)
-    if not torch.isfinite(sums[0]):
-        raise NumericsError(
-            f"model {state.name!r}: the loss is {float(sums[0])}: lower the learning rate, or look "
-            "for rows with extreme rewards or log-probabilities"
-        )
-    updated, grad_norm, _ = state.optimizer.step()
-    norm = float(grad_norm) if grad_norm is not None else 0.0
-    if not updated or norm != norm or norm == float("inf"):
-        raise NumericsError(
-            f"model {state.name!r}: the gradient norm is {norm}: lower the learning rate"
-        )
+    norm = _prepare_gradients(state.optimizer)
+    if not check(sums, norm):
+        # As if the batch had not been there: weights, moments and schedule stay.
+        return StepResult(sums, norm, learning_rate, is_skipped=True)
+    _clip_gradients(state.optimizer, norm)
+    state.optimizer.step_with_ready_grads()
     state.scheduler.step(increment=1)
     return StepResult(sums, norm, learning_rate)
+
+
+def _prepare_gradients(optimizer: Any) -> float:
+    """The gradient's norm over the whole model; infinite where the loss scaler found it so.
+
+    This and what follows are the parts of the optimizer's `step` (megatron-core 0.16.1), so that
+    the norm can be looked at before the weights change.
+    """
+    if optimizer.prepare_grads():
+        return float("inf")
+    return float(optimizer.get_grad_norm())
+
+
+def _clip_gradients(optimizer: Any, norm: float) -> None:
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                part.config.clip_grad,
+                norm,
+                part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+
+
+def has_finite_weights(state: TrainingState) -> bool:
+    """Whether this rank's weights are all finite, to the precision of a sum."""
+    sums = [
+        parameter.detach().sum(dtype=torch.float32)
+        for chunk in state.chunks
+        for parameter in chunk.parameters()
+        if parameter.requires_grad
+    ]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def reduce_over_data(sums: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:

@@ -88,6 +88,7 @@ SECTIONS = (
     ("`runtime`", "RuntimeConfig"),
     ("`runtime.data_path` entries", "DataSource"),
     ("`runtime.algorithm`", "AlgorithmConfig"),
+    ("`runtime.guards`", "GuardsConfig"),
 )
 
 

@@ -70,6 +70,7 @@ def _run_command(parsed: argparse.Namespace) -> None:
     # Commands import torch and ray; --help and --version do not wait for them.
     from chatlearn.cli.commands import run_check, run_eval, run_plan, run_train
     from chatlearn.cli.convert import run_convert
+    from chatlearn.cli.replay import run_replay
 
     commands = {
         "train": run_train,
@@ -77,6 +78,7 @@ def _run_command(parsed: argparse.Namespace) -> None:
         "check": run_check,
         "plan": run_plan,
         "convert": run_convert,
+        "replay": run_replay,
     }
     commands[parsed.command](parsed)
 
@@ -123,6 +125,12 @@ def _build_parser() -> argparse.ArgumentParser:
         if name == "plan":
             _add_cluster_arguments(command)
     _add_convert_arguments(commands)
+    text = "run a training step again whose numbers went wrong"
+    command = commands.add_parser("replay", help=text, description=text)
+    command.add_argument("dump", help="its folder, below `dumps` of a run")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="win over its config"
+    )
     return parser
 
 

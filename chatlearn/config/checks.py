@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.config.field_checks import find_bad_fields
+from chatlearn.config.schema import RuntimeEnvConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["find_contradictions"]
 
+_NO_ENV = dict(RuntimeEnvConfig())
 _UNEVEN = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -35,7 +37,8 @@ def find_contradictions(config: Config) -> list[str]:
             "trainer's old probabilities against the sampler's; with old_logprobs=rollout they "
             "are the same: use old_logprobs: auto"
         )
-    given = config.runtime_env.model_fields_set
+    # A resolved config names every key, with its default where nothing was set.
+    given = [name for name, value in config.runtime_env if value != _NO_ENV[name]]
     if given and config.runtime.backend == "local":
         problems.append(
             f"runtime_env: {', '.join(sorted(given))} is for workers of the ray backend; with "

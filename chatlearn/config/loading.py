@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from chatlearn.config.chatlearn_keys import UNSUPPORTED, rename_runtime_keys
 from chatlearn.config.checks import find_contradictions
+from chatlearn.config.guards import GuardsConfig
 from chatlearn.config.megatron_fields import MEGATRON_FIELDS
 from chatlearn.config.model_fields import MODEL_FIELDS
 from chatlearn.config.reading import (
@@ -144,6 +145,8 @@ def _find_unknown(content: Mapping[str, Any], problems: list[str]) -> None:
     names = tuple(AlgorithmConfig.model_fields)
     algorithm = as_section(runtime).get("algorithm")
     _check_keys(algorithm, "runtime.algorithm", names, None, problems)
+    names = tuple(GuardsConfig.model_fields)
+    _check_keys(as_section(runtime).get("guards"), "runtime.guards", names, None, problems)
     names = tuple(RuntimeEnvConfig.model_fields)
     _check_keys(content.get("runtime_env"), "runtime_env", names, "runtime_env", problems)
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from chatlearn.config.guards import GuardsConfig
+
 __all__ = [
     "AlgorithmConfig",
     "Config",
@@ -394,6 +396,9 @@ class RuntimeConfig(_Section):
     )
     algorithm: AlgorithmConfig = Field(
         default=AlgorithmConfig(), description="losses and advantages"
+    )
+    guards: GuardsConfig = Field(
+        default=GuardsConfig(), description="what happens when numbers go wrong"
     )
     profile: bool = Field(
         default=False,

@@ -73,10 +73,11 @@ def average_workers(
 
 def _mean(values: Sequence[tuple[float, float]]) -> float:
     weights = sum(weight for _, weight in values)
+    # Sorted, so that the rounding does not depend on which worker answers first.
     if not weights:
-        return sum(value for value, _ in values) / len(values)
+        return sum(sorted(value for value, _ in values)) / len(values)
     # A value without rows may be 0 / 0.
-    return sum(value * weight for value, weight in values if weight) / weights
+    return sum(sorted(value * weight for value, weight in values if weight)) / weights
 
 
 def _final_producers(records: Iterable[StageRecord]) -> dict[str, tuple[bool, int]]:

@@ -17,6 +17,7 @@ from chatlearn.engine.prompts import PromptSource
 from chatlearn.engine.recovery import RecoveryBudget, ReplicaRecovery
 from chatlearn.engine.result import RunResult
 from chatlearn.engine.resume import choose_resume_point, read_history
+from chatlearn.engine.reward_guard import may_train
 from chatlearn.engine.rollout import Rollout
 from chatlearn.engine.run_log import RunLog
 from chatlearn.engine.sigterm import SigtermWatch, Terminated
@@ -154,6 +155,8 @@ class Run:
         if self.engine.trainer is None:
             rollout.finish()
             self.rollouts = rollout.fetch_rows()
+        elif not may_train(self.runtime.guards, rollout, self.log.metrics.history):
+            metrics["skipped_episode"] = 1.0
         else:
             records = train_on_samples(self.session, rollout, samples, self.train_iteration)
             self.train_iteration += records.num_batches

@@ -7,6 +7,7 @@ may differ freely along the flow.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from chatlearn.flow.lanes import Lane, LanePool
     from chatlearn.flow.stage import StageReport
     from chatlearn.runtime.contract import PendingCall, RemoteValue
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["FlowRun", "FlowSettings", "RowSource", "StageRecord"]
 
@@ -326,6 +329,8 @@ class FlowRun:
     def _record(
         self, node: FlowNode, lane: str, report: StageReport, row_ids: Sequence[RowId]
     ) -> None:
+        for warning in report.warnings:
+            logger.warning("%s", warning)
         self._on_stage(
             StageRecord(
                 self._graph.name,

@@ -6,9 +6,8 @@ before they run.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -16,10 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 from chatlearn.data.balance import RowLoad, measure_loads
 from chatlearn.data.rows import NamedInput, RowBatch, RowId, is_same_content, join_inputs
 from chatlearn.errors import DataError, NumericsError, SyncError
+from chatlearn.flow.step_dump import dump_step
 from chatlearn.metrics.means import mean_of_numbers
+from chatlearn.models.faults import NumericFault, find_fault
 from chatlearn.models.invoke import invoke, invoke_prepare_episode
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from chatlearn.parallel.context import WorkerContext
     from chatlearn.runtime.contract import RemoteValue
 
@@ -83,6 +86,7 @@ class StageReport:
         metrics: metrics by name, as the module gave them.
         row_statistics: means over the call's rows of what the method added or changed, by name.
         loads: tokens of each row that was given back; empty where rows have no token ids.
+        warnings: what a person should know.
     """
 
     start_s: float
@@ -91,6 +95,7 @@ class StageReport:
     metrics: Mapping[str, float]
     row_statistics: Mapping[str, float]
     loads: tuple[RowLoad, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None, StageReport]:
@@ -123,8 +128,25 @@ def run_stage(context: WorkerContext, call: StageCall) -> tuple[RowBatch | None,
 def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
     """Run one global batch of this lane through a training method."""
     micro_batches = _cut(call)
-    context.module.num_updates = call.num_updates
-    done = _call_method(context, call, micro_batches, [list(ids) for ids in call.micro_batches])
+    module = context.module
+    module.num_updates = call.num_updates
+    generators = module.read_generators()
+
+    def dump(fault: NumericFault, *, is_before_update: bool = True) -> None:
+        folder = dump_step(
+            context, call, micro_batches, fault, generators, is_before_update=is_before_update
+        )
+        if folder is not None:
+            dumps.append(folder)
+
+    dumps: list[Path] = []
+    module.on_fault = dump
+    try:
+        done = _call_method(context, call, micro_batches, [list(ids) for ids in call.micro_batches])
+    except NumericsError as error:
+        raise NumericsError(f"{error}{_tell_dumps(dumps)}") from error
+    finally:
+        module.on_fault = None
     result = done.output
     _count_tokens(context, micro_batches)
     metrics = dict(context.module.take_metrics())
@@ -135,9 +157,16 @@ def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
                 "None or a mapping of metric names to numbers"
             )
         metrics.update(_as_numbers(cast("Mapping[str, Any]", result), context.model_name))
-    _check_finite(metrics, context.model_name)
+    faults = list(module.take_faults())
+    if not faults:
+        faults = _heed_metrics(context, metrics, dump, dumps)
     num_rows = sum(map(len, call.micro_batches))
-    return StageReport(done.start_s, done.end_s, num_rows, metrics, {})
+    warnings = tuple(
+        f"model {context.model_name!r}: {fault.text} ({fault.action}){_tell_dumps(dumps)}"
+        for fault in faults
+        if context.rank == 0
+    )
+    return StageReport(done.start_s, done.end_s, num_rows, metrics, {}, warnings=warnings)
 
 
 def prepare_episode(context: WorkerContext, calls: Sequence[TrainCall]) -> StageReport:
@@ -251,12 +280,27 @@ def _as_numbers(metrics: Mapping[str, Any], model_name: str) -> dict[str, float]
         raise DataError(f"{model_name}: metrics must be numbers: {error}") from error
 
 
-def _check_finite(metrics: Mapping[str, float], model_name: str) -> None:
-    """Stop where a loss (any metric whose name ends so) or the gradient norm is not a number."""
-    for name, value in metrics.items():
-        is_guarded = name.lower().endswith("loss") or name.lower() == "grad_norm"
-        if is_guarded and not math.isfinite(value):
-            raise NumericsError(
-                f"model {model_name!r}: the {name} is {value}: lower the learning rate, or look "
-                "for rows with extreme values"
-            )
+def _heed_metrics(
+    context: WorkerContext,
+    metrics: Mapping[str, float],
+    dump: Callable[..., None],
+    dumps: Sequence[Path],
+) -> list[NumericFault]:
+    """Look at what a module of a user's own gives: its update is made, so skip means stop.
+
+    Raises:
+        NumericsError: a loss (any metric whose name ends so) or the gradient norm is not finite, or
+            a number is beyond its limit, and that ends the run.
+    """
+    fault = find_fault(context.module.runtime_args.guards, metrics)
+    if fault is None:
+        return []
+    if context.layout.world_size == 1:
+        dump(fault, is_before_update=False)
+    if fault.action != "warn":
+        raise NumericsError(f"model {context.model_name!r}: {fault.text}{_tell_dumps(dumps)}")
+    return [fault]
+
+
+def _tell_dumps(dumps: Sequence[Path]) -> str:
+    return f"; the step is in {dumps[0]}: run `chatlearn replay` on it" if dumps else ""

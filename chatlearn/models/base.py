@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from chatlearn.checkpoint.background import FileWriter
     from chatlearn.config import ModelConfig, RuntimeConfig
+    from chatlearn.models.faults import NumericFault
     from chatlearn.parallel.context import WorkerContext
     from chatlearn.parallel.layout import ParallelLayout
     from chatlearn.parallel.sharding import TensorShard
@@ -105,7 +106,9 @@ class BaseModule:
         self._runtime_args: RuntimeConfig | None = None
         self._run_dir: Path | None = None
         self._checkpoint_dir: Path | None = None
+        self.on_fault: Callable[[NumericFault], None] | None = None
         self._file_writer: FileWriter | None = None
+        self._faults: list[NumericFault] = []
         self._metrics: dict[str, float] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -269,6 +272,32 @@ class BaseModule:
     def is_last_rank(self) -> bool:
         """Whether this is the replica's last rank."""
         return self.rank == self.layout.world_size - 1
+
+    def step_state(self, micro_batches: Sequence[Sequence[Any]]) -> Mapping[str, Any]:
+        """What `train_step` reads besides rows, weights and optimizer; for a dump of the step.
+
+        Args:
+            micro_batches: ids of the step's rows.
+        """
+        del micro_batches
+        return {}
+
+    def restore_step_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `step_state` gave, before the step is run again."""
+
+    def report_fault(self, fault: NumericFault) -> None:
+        """Tell of a number that is wrong, within `train_step` and before the update.
+
+        Every rank has to come to the same fault. The step is dumped, and the driver told.
+        """
+        self._faults.append(fault)
+        if self.on_fault is not None:
+            self.on_fault(fault)
+
+    def take_faults(self) -> tuple[NumericFault, ...]:
+        """What was reported since the last time, and forget it."""
+        taken, self._faults = tuple(self._faults), []
+        return taken
 
     def write_files(self, job: Callable[[], Iterable[Path] | None]) -> None:
         """Within `save_checkpoint`: run a job that writes files of the checkpoint.

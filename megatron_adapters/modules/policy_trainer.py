@@ -1,6 +1,7 @@
 """PolicyTrainer: PPO, GRPO, DPO or supervised training, by what the rows hold."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -66,6 +67,16 @@ class PolicyTrainer(TrainerModule):
             scores = score_tokens_of_rows(self.model, self.pack_responses(data), self.groups)
             ids = [row_id for some in row_ids for row_id in some]
             self._old_logprobs.update(zip(ids, scores, strict=bool(scores)))
+
+    def step_state(self, micro_batches: Sequence[Sequence[RowId]]) -> dict[str, Any]:
+        """The old log-probabilities of the step's rows."""
+        ids = [row_id for some in micro_batches for row_id in some if row_id in self._old_logprobs]
+        return {"old_logprobs": [[tuple(i), self._old_logprobs[i]] for i in ids]}
+
+    def restore_step_state(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        found = {RowId(*row_id): value for row_id, value in state.get("old_logprobs", ())}
+        self._old_logprobs = {**self._old_logprobs, **found}
 
     def train_step(self, data: list[Columns]) -> dict[str, float]:
         """One update on this rank's part of a global batch."""

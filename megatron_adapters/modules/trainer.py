@@ -16,12 +16,20 @@ from chatlearn.algorithms.aggregate import BatchTotals
 from chatlearn.algorithms.kl import estimate_kl
 from chatlearn.algorithms.rewards import spread_rewards
 from chatlearn.config.schema import AlgorithmConfig
+from chatlearn.errors import NumericsError
+from chatlearn.models.faults import find_fault
 from megatron_adapters.batches import Rows, read_rows, read_temperature
 from megatron_adapters.losses import TrainLoss
 from megatron_adapters.modules.base import MegatronModule
 from megatron_adapters.modules.text_rows import build_text_dataset
 from megatron_adapters.packing import PackedBatch
-from megatron_adapters.training import StepResult, TrainingState, reduce_over_data, train_batch
+from megatron_adapters.training import (
+    StepResult,
+    TrainingState,
+    has_finite_weights,
+    reduce_over_data,
+    train_batch,
+)
 
 __all__ = ["TrainerModule", "kl_enters"]
 
@@ -58,10 +66,38 @@ class TrainerModule(MegatronModule):
         return self._attached(self.training)
 
     def update(self, batches: Sequence[PackedBatch], loss: TrainLoss) -> dict[str, float]:
-        """One optimizer step; gives the loss's sums by name with gradient norm and rate."""
-        result: StepResult = train_batch(self.state, batches, loss.function, len(loss.names))
+        """One optimizer step; gives the loss's sums by name with gradient norm and rate.
+
+        Raises:
+            NumericsError: a number is beyond its limit, and that ends the run, on every rank; or
+                weights are not finite, on the ranks that hold them.
+        """
+
+        def check(sums: torch.Tensor, norm: float) -> bool:
+            numbers = dict(zip(loss.names, sums.tolist(), strict=True))
+            return self._heed_numbers({**numbers, "grad_norm": norm})
+
+        result: StepResult = train_batch(self.state, batches, loss.function, len(loss.names), check)
+        if self.runtime_args.guards.not_finite != "warn" and not has_finite_weights(self.state):
+            raise NumericsError(
+                f"model {self.name!r}: weights are not finite after the update: lower the learning "
+                "rate, and go on from the last checkpoint"
+            )
         sums = dict(zip(loss.names, result.sums.tolist(), strict=True))
-        return {**sums, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+        metrics = {**sums, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+        if self.runtime_args.guards.may_skip:
+            metrics["skipped_step"] = float(result.is_skipped)
+        return metrics
+
+    def _heed_numbers(self, numbers: Mapping[str, float]) -> bool:
+        """Whether to make the update, by what the numbers of the step are."""
+        fault = find_fault(self.runtime_args.guards, numbers)
+        if fault is None:
+            return True
+        self.report_fault(fault)
+        if fault.action == "stop":
+            raise NumericsError(f"model {self.name!r}: {fault.text}")
+        return fault.action != "skip"
 
     def pack_responses(self, data: Sequence[Columns], *columns: str) -> list[PackedBatch]:
         """Pack micro-batches, and on the last stage align the named columns into their extras.

@@ -85,4 +85,25 @@ def config(engine, names, runtime, **models):
     return {"models": content, "runtime": {"engine": engine, "seed": 3, **runtime}}
 
 
+def saved_tensors(run_dir, episode, names):
+    """Every tensor of trained models in a checkpoint: parameters and optimizer."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    found = {}
+    for name in names:
+        folder = run_dir / f"checkpoints/episode_{episode:06d}/models/{name}"
+        state = _load_state_dict_from_keys(storage_reader=FileSystemReader(str(folder)))
+        found |= {f"{name}.{k}": v for k, v in _flatten(state) if isinstance(v, torch.Tensor)}
+    return found
+
+
+def _flatten(state, path=""):
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}", value
+
+
 REWARD = {"module": "megatron_runs:LengthReward", "num_gpu": 0, "num_cpu": 1}

@@ -60,32 +60,11 @@ def lines(result):
     ]
 
 
-def weights(result, episode=3):
-    """Every tensor of the trained models: parameters and optimizer, as they were written."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
-
-    found = {}
-    for name in TRAINED:
-        folder = result.run_dir / f"checkpoints/episode_{episode:06d}/models/{name}"
-        state = _load_state_dict_from_keys(storage_reader=FileSystemReader(str(folder)))
-        found |= {f"{name}.{k}": v for k, v in flatten(state) if isinstance(v, torch.Tensor)}
-    return found
-
-
-def flatten(state, path=""):
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{path}.{key}")
-        else:
-            yield f"{path}.{key}", value
-
-
 def test_a_resumed_run_is_bit_identical(learn):
     whole = learn(LAYOUTS)
     again = learn(LAYOUTS, resume=str(whole.run_dir / "checkpoints/episode_000001"))
     assert lines(again) == lines(whole)
-    expected, found = weights(whole), weights(again)
+    expected, found = (runs.saved_tensors(r.run_dir, 3, TRAINED) for r in (whole, again))
     assert len(expected) > 40
     assert expected.keys() == found.keys()
     different = [name for name, value in expected.items() if not torch.equal(value, found[name])]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from chatlearn.config.chatlearn_keys import UNSUPPORTED
+from chatlearn.config.guards import GuardsConfig
 from chatlearn.config.schema import AlgorithmConfig, GenerationConfig, ModelConfig, RuntimeConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -35,7 +36,9 @@ def test_a_stale_page_fails_the_check_until_it_is_written(generator, tmp_path, m
     assert generator.main(["--check"]) == 1
 
 
-@pytest.mark.parametrize("kind", [ModelConfig, GenerationConfig, RuntimeConfig, AlgorithmConfig])
+@pytest.mark.parametrize(
+    "kind", [ModelConfig, GenerationConfig, RuntimeConfig, AlgorithmConfig, GuardsConfig]
+)
 def test_every_key_has_a_row_with_a_meaning(kind):
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     for key in kind.model_fields:

@@ -1,5 +1,7 @@
 """From the calls of an episode to its metrics."""
 
+import itertools
+
 import pytest
 
 from chatlearn.engine.episode_metrics import (
@@ -91,3 +93,14 @@ def test_wall_seconds_span_all_calls():
     records = [record("a", "a[0]", 12.0, 13.0), record("b", "b[0]", 10.0, 11.5)]
     assert wall_seconds(records) == pytest.approx(3.0)
     assert wall_seconds([]) == 0.0
+
+
+def test_the_rounding_does_not_depend_on_who_answers_first():
+    values = [0.1, 0.2, 0.3, 1e16, -1e16, 0.7]
+    results = set()
+    for order in itertools.permutations(values):
+        means = WeightedMeans()
+        for value in order:
+            means.add({"x": value}, 3.0)
+        results.add(means.result()["x"])
+    assert len(results) == 1
