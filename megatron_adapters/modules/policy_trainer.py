@@ -7,6 +7,7 @@ import torch
 
 from chatlearn.algorithms.advantages import whiten
 from chatlearn.algorithms.policy_loss import compute_rollout_weights
+from chatlearn.config.schema import AlgorithmConfig
 from chatlearn.data.rows import RowId
 from chatlearn.errors import ConfigError, DataError, NumericsError
 from megatron_adapters.losses import (
@@ -102,7 +103,7 @@ class PolicyTrainer(TrainerModule):
             self._add_old_logprobs(batches)
             if has_critic:
                 self._add_advantages(batches)
-            self._correct_for_rollout(batches)
+            _correct_for_rollout(self.algorithm, batches)
         loss = build_policy_loss(
             self.algorithm,
             totals,
@@ -168,17 +169,6 @@ class PolicyTrainer(TrainerModule):
         for batch, values in zip(batches, advantages, strict=True):
             batch.extras["advantages"] = values
 
-    def _correct_for_rollout(self, batches: Sequence[PackedBatch]) -> None:
-        """Weigh each token's policy loss, which is linear in its advantage where that is scaled."""
-        if self.algorithm.rollout_correction == "none":
-            return
-        for extras in (batch.extras for batch in batches):
-            extras["advantages"] = extras["advantages"] * compute_rollout_weights(
-                extras["old_logprobs"],
-                extras["rollout_logprobs"],
-                self.algorithm.rollout_correction_cap,
-            )
-
     def _check_first_update(self, metrics: Mapping[str, float]) -> None:
         """In debug mode: nothing has been learned yet, so the ratio must be exactly 1."""
         is_first, self._is_first_update = self._is_first_update, False
@@ -195,3 +185,15 @@ class PolicyTrainer(TrainerModule):
                 f"{update_kl:.3g}; expected exactly 1 and at most {_FIRST_UPDATE_KL:g}: scoring "
                 "and training see different numbers"
             )
+
+
+def _correct_for_rollout(algorithm: AlgorithmConfig, batches: Sequence[PackedBatch]) -> None:
+    """Weigh each token's policy loss, which is linear in its advantage where that is scaled."""
+    if algorithm.rollout_correction == "none":
+        return
+    for extras in (batch.extras for batch in batches):
+        extras["advantages"] = extras["advantages"] * compute_rollout_weights(
+            extras["old_logprobs"],
+            extras["rollout_logprobs"],
+            algorithm.rollout_correction_cap,
+        )
