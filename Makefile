@@ -8,7 +8,7 @@ TORCH_CPU ?= torch==2.13.0
 export VENV_BENCH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long check bench-setup bench bench-docs format docs clean
+.PHONY: help setup demo test test-faults test-long check bench-setup bench bench-docs format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,10 +23,13 @@ demo: setup ## Watch PPO teach a small model to add (ALGO=ppo|grpo, REWARD=rule|
 	@$(BIN)/python -m scripts.demo.run --algo "$(or $(ALGO),ppo)" --reward "$(or $(REWARD),rule)" \
 		--seed "$(or $(SEED),0)" $(ARGS)
 
-test test-long: export OMP_NUM_THREADS ?= 1
+test test-faults test-long: export OMP_NUM_THREADS ?= 1
 
 test: setup ## Run the tests (no GPU needed)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: setup ## Let twelve faults happen to a tiny PPO run, at every stage
+	@$(BIN)/python -m scripts.soak --short $(ARGS)
 
 test-long: setup ## Run the long forms of the tests: faults in every mode, thousands of random plans
 	@$(BIN)/python -m pytest -m long --timeout 900 $(ARGS)

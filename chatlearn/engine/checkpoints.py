@@ -7,6 +7,10 @@ checkpoint is being written.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import json
+import platform
 import shutil
 import threading
 import time
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from chatlearn.engine.session import Session
 
 __all__ = ["CheckpointContent", "Checkpoints"]
+
+_PACKAGES = ("chatlearn", "torch", "megatron-core", "ray", "transformer-engine", "numpy")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Checkpoints:
         try:
             (draft.folder / "metrics.jsonl").write_text(content.metrics, encoding="utf-8")
             shutil.copyfile(self._session.run_dir / "config.yaml", draft.folder / "config.yaml")
+            versions = json.dumps(_read_versions(), indent=1)
+            (draft.folder / "versions.json").write_text(versions, encoding="utf-8")
             content.write_extra(draft.folder)
             self._tell_workers(draft, content, is_async)
         except OSError as error:
@@ -160,3 +168,12 @@ class Checkpoints:
                 if isinstance(error, CheckpointError)
                 else CheckpointError(f"{draft.final} cannot be written: {error}")
             )
+
+
+def _read_versions() -> dict[str, str]:
+    """Versions of what a checkpoint's content depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
