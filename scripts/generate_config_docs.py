@@ -78,8 +78,9 @@ UNSUPPORTED_TEXT = """\
 ## Keys of ChatLearn that are refused
 
 These keys are known from ChatLearn and have no effect here, so a file that has one is refused.
-`models.<name>.num_device`, the old name of `num_gpu`, is accepted, as are `runtime.max_data_ckpt_nums`
-(`save_total_limit`) and `runtime.enable_resume_training: true` (`resume: auto`).
+`models.<name>.num_device`, the old name of `num_gpu`, is accepted, as are
+`runtime.max_data_ckpt_nums` (`save_total_limit`) and `runtime.enable_resume_training: true`
+(`resume: auto`).
 """
 SECTIONS = (
     ("`runtime_env`", "RuntimeEnvConfig"),

@@ -84,7 +84,10 @@ class RunLog:
                 f"{num_dropped} of {total} {name} prompts leave no room for a response and are "
                 "left out"
             )
-            self.write_extra(0, {f"{name}_prompts_dropped": float(num_dropped)})
+            key = f"{name}_prompts_dropped"
+            # A run that goes on has it already.
+            if not any(key in entry for entry in self.metrics.history):
+                self.write_extra(0, {key: float(num_dropped)})
 
     def add_spans(self, records: Iterable[StageRecord]) -> None:
         """Put finished calls on the timeline."""
