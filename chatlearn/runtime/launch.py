@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatlearn.errors import ChatLearnError, ConfigError, PlacementError
-from chatlearn.runtime.meeting import NodeLink, NodesListener, listen
-from chatlearn.runtime.ray_node import RayNode, agree_on_token, start_child
+from chatlearn.parallel.sockets import find_own_addresses
+from chatlearn.runtime.meeting import NodeLink, NodesListener, check_port
+from chatlearn.runtime.ray_node import RayNode, start_child
+from chatlearn.runtime.ray_token import agree_on_token
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -171,14 +173,16 @@ def _drive(
     signals: queue.SimpleQueue[int],
 ) -> int:
     """Node 0: start the head, then the driver; tell the others how it ended."""
-    listener = NodesListener(place.port, token, place.num_processes - 1)
+    own_host = _address_of(place.host)
+    hosts = find_own_addresses(place.host) if place.num_processes > 1 else ("127.0.0.1",)
+    listener = NodesListener(hosts, place.port, token, place.num_processes - 1)
     head: RayNode | None = None
     code = 1
     try:
         ray_port = place.port + 1
-        listen(ray_port).close()
+        check_port(ray_port)
         arguments = ["--head", f"--port={ray_port}", "--include-dashboard=false"]
-        head = RayNode(arguments, _address_of(place.host))
+        head = RayNode(arguments, own_host)
         head.wait_port(ray_port, timeout_s, lambda: _raise_signal(signals))
         address = f"{place.host}:{ray_port}"
         listener.start(address)

@@ -16,11 +16,15 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.errors import PlacementError
+from chatlearn.parallel.sockets import listen_at
 
-__all__ = ["NodeLeft", "NodeLink", "NodesListener"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["NodeLeft", "NodeLink", "NodesListener", "check_port", "listen"]
 
 _ALIVE_EVERY_S = 5.0
 _SILENCE_S = 60.0
@@ -74,7 +78,8 @@ class NodesListener:
     """The driver's side.
 
     Args:
-        port: TCP port to listen on, on every interface.
+        hosts: addresses of this machine to listen at.
+        port: TCP port to listen on.
         token: the shared secret.
         num_callers: processes that will call.
 
@@ -82,7 +87,7 @@ class NodesListener:
         PlacementError: the port is in use.
     """
 
-    def __init__(self, port: int, token: bytes, num_callers: int) -> None:
+    def __init__(self, hosts: Sequence[str], port: int, token: bytes, num_callers: int) -> None:
         self._token = token
         self._num_callers = num_callers
         self._lines: dict[str, _Line] = {}
@@ -90,9 +95,10 @@ class NodesListener:
         self._start_message: dict[str, Any] | None = None
         self._is_ending = False
         self.left: queue.Queue[NodeLeft] = queue.Queue()
-        self._server = listen(port)
-        for target in (self._accept, self._keep_alive):
-            threading.Thread(target=target, daemon=True).start()
+        self._servers = [listen(host, port) for host in hosts]
+        for server in self._servers:
+            threading.Thread(target=self._accept, args=(server,), daemon=True).start()
+        threading.Thread(target=self._keep_alive, daemon=True).start()
 
     def start(self, address: str) -> None:
         """Tell every caller, also those still to come, where Ray's head is."""
@@ -112,9 +118,10 @@ class NodesListener:
         deadline = time.monotonic() + timeout_s
         while self.num_present and time.monotonic() < deadline:
             time.sleep(0.05)
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
+        for server in self._servers:
+            with contextlib.suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)
+            server.close()
 
     @property
     def num_present(self) -> int:
@@ -122,10 +129,10 @@ class NodesListener:
         with self._lock:
             return len(self._lines)
 
-    def _accept(self) -> None:
+    def _accept(self, server: socket.socket) -> None:
         while True:
             try:
-                connection, _ = self._server.accept()
+                connection, _ = server.accept()
             except OSError:
                 return
             # A thread each: a stranger who says nothing holds nobody up.
@@ -286,24 +293,37 @@ class NodeLink:
         return message
 
 
-def listen(port: int) -> socket.socket:
-    """A socket that listens on every interface.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address of this machine.
 
     Raises:
         PlacementError: the port is in use.
     """
-    server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        server.bind(("", port))
-        server.listen(128)
+        return listen_at(host, port)
     except OSError as error:
-        server.close()
-        raise PlacementError(
-            f"port {port} of this machine is in use or not allowed ({error.strerror}): choose "
-            "another MASTER_PORT (CHATLEARN_PORT under torchrun), the same on every node"
-        ) from error
-    return server
+        raise _describe_busy(port, error) from error
+
+
+def check_port(port: int) -> None:
+    """See that a port is free on every interface.
+
+    Raises:
+        PlacementError: it is in use.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise _describe_busy(port, error) from error
+
+
+def _describe_busy(port: int, error: OSError) -> PlacementError:
+    return PlacementError(
+        f"port {port} of this machine is in use or not allowed ({error.strerror}): choose "
+        "another MASTER_PORT (CHATLEARN_PORT under torchrun), the same on every node"
+    )
 
 
 def _call(host: str, port: int, name: str, timeout_s: float) -> socket.socket:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.parallel.context import WorkerContext
+from chatlearn.parallel.sockets import keep_groups_at
 from chatlearn.runtime.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def join_world(identity: WorkerIdentity, module: Any, store: Any) -> WorkerConte
 
     device = _choose_device(identity)
     keep_freed_memory()
+    keep_groups_at(identity.host)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(

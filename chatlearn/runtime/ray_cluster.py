@@ -1,22 +1,16 @@
 # pyright: standard, reportPrivateImportUsage=false
 """Joins the Ray cluster that is there, or starts one for this run and stops it.
 
-A cluster that this project starts asks for a token: Ray's servers listen on every interface, so
-the token is the only door. It lies in a file that only the owner reads, for as long as the
-process lives.
+A cluster that this project starts asks for a token (`chatlearn.runtime.ray_token`).
 """
 
 from __future__ import annotations
 
-import atexit
-import importlib
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import ConfigError, PlacementError
 from chatlearn.runtime.freed_memory import build_allocator_environment
+from chatlearn.runtime.ray_token import prepare_token
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -38,35 +33,12 @@ __all__ = [
     "join_cluster",
     "leave_cluster",
     "object_store_bytes",
-    "prepare_token",
     "start_cluster",
 ]
 
 _STORE_BYTES = 1 << 30
 _SMALLEST_STORE_BYTES = 80 << 20
 _POLL_S = 0.2
-
-
-def prepare_token() -> None:
-    """Turn Ray's token authentication on in this process and its children, with a fresh token.
-
-    Nothing happens where the user has chosen a mode or a token already.
-    """
-    chosen = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(os.environ.get(name) for name in chosen):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        return
-    folder = Path(tempfile.mkdtemp(prefix="chatlearn-token-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / "token"
-    path.touch(mode=0o600)
-    path.write_text(secrets.token_hex(32), encoding="ascii")
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    if "ray" in sys.modules:
-        # Ray has read its settings when it was imported; let it read them again.
-        raylet: Any = importlib.import_module("ray._raylet")
-        raylet.Config.initialize("")
 
 
 def choose_object_store(free_shm_bytes: int) -> dict[str, Any]:
@@ -113,7 +85,11 @@ def _set_for_children(variables: Mapping[str, str]) -> Generator[None]:
 
 
 def start_cluster(config: Config) -> None:
-    """Start a Ray of one node for this process, whose workers get `runtime_env`."""
+    """Start a Ray of one node for this process, whose workers get `runtime_env`.
+
+    Raises:
+        ConfigError: Ray's token authentication is switched off, or the user's token is unreadable.
+    """
     prepare_token()
     import ray
 

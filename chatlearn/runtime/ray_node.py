@@ -15,17 +15,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlearn.errors import ConfigError, PlacementError
-from chatlearn.runtime.ray_cluster import choose_object_store, prepare_token
+from chatlearn.errors import PlacementError
+from chatlearn.runtime.ray_cluster import choose_object_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["RayNode", "agree_on_token", "death_signal_setter", "start_child"]
+__all__ = ["RayNode", "death_signal_setter", "start_child"]
 
 _SET_PARENT_DEATH_SIGNAL = 1
 _STOP_S = 20.0
-_TOKEN_FILE_S = 30.0
 _TAIL_LINES = 12
 _LOOPBACK = ("127.", "0.0.0.0")
 # What torchrun and the scripts set for this process; Ray's workers must not take it for theirs.
@@ -60,37 +59,6 @@ def start_child(
         process_group=0,
         preexec_fn=death_signal_setter(),
     )
-
-
-def agree_on_token(*, is_driver: bool, is_alone: bool, timeout_s: float) -> bytes:
-    """The token that all nodes share, and Ray told to ask for it.
-
-    It is `RAY_AUTH_TOKEN`, else the file `RAY_AUTH_TOKEN_PATH`, else Ray's own
-    `~/.ray/auth_token`, which the driver makes where it is missing and the others wait for (the
-    home folder is then a shared one). A process that is alone makes one for itself.
-
-    Raises:
-        ConfigError: authentication is switched off, or there is no token.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE") or "token"
-    if mode != "token":
-        raise ConfigError(
-            f"RAY_AUTH_MODE={mode}: Ray listens on every interface, so the cluster asks for a "
-            "token; unset RAY_AUTH_MODE"
-        )
-    os.environ["RAY_AUTH_MODE"] = mode
-    given = os.environ.get("RAY_AUTH_TOKEN", "").strip()
-    if given:
-        return given.encode()
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if not path and is_alone:
-        del os.environ["RAY_AUTH_MODE"]
-        prepare_token()
-        path = os.environ["RAY_AUTH_TOKEN_PATH"]
-    elif not path:
-        path = _default_token_file(is_driver=is_driver, timeout_s=timeout_s)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    return _read_token(Path(path))
 
 
 class RayNode:
@@ -173,34 +141,3 @@ def _object_store_arguments() -> list[str]:
     if "_plasma_directory" in chosen:
         arguments.append(f"--plasma-directory={chosen['_plasma_directory']}")
     return arguments
-
-
-def _default_token_file(*, is_driver: bool, timeout_s: float) -> str:
-    path = Path.home() / ".ray" / "auth_token"
-    if is_driver and not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent)) / "token"
-        draft.touch(mode=0o600)
-        draft.write_bytes(os.urandom(32).hex().encode())
-        draft.replace(path)
-        draft.parent.rmdir()
-    deadline = time.monotonic() + min(timeout_s, _TOKEN_FILE_S)
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"no token: {path} is not there, so the home folder is not shared with rank 0. "
-                "Give every node the same RAY_AUTH_TOKEN, or the same file RAY_AUTH_TOKEN_PATH "
-                "(`ray get-auth-token --generate` makes one)"
-            )
-        time.sleep(0.2)
-    return str(path)
-
-
-def _read_token(path: Path) -> bytes:
-    try:
-        token = path.read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"the token file {path} cannot be read: {error.strerror}") from error
-    if not token:
-        raise ConfigError(f"the token file {path} is empty")
-    return token

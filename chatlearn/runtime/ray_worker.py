@@ -81,18 +81,9 @@ class RayWorker:
 
     def host_store(self, host: str, timeout_s: float) -> int:
         """Open the store of the replica's process world; gives its port."""
-        from datetime import timedelta
+        from chatlearn.parallel.sockets import open_store
 
-        import torch.distributed as dist
-
-        self._store = dist.TCPStore(
-            host,
-            0,
-            None,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        self._store = open_store(host, timeout_s)
         return self._store.port
 
     def join(

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import SyncError
+from chatlearn.parallel.sockets import open_store
 from chatlearn.sync.digest import has_equal_bits
 from chatlearn.sync.programs import Part, Step
 from chatlearn.sync.rank_calls import Failure
@@ -111,10 +112,7 @@ class _Store:
     """The store that one rank of a channel hosts."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
-        import torch.distributed as dist
-
-        timeout = timedelta(seconds=timeout_s)
-        self.store = dist.TCPStore(host, 0, None, True, timeout, wait_for_workers=False)
+        self.store = open_store(host, timeout_s)
 
     def close(self) -> None:
         """Let go of the store."""

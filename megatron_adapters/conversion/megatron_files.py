@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from chatlearn.errors import CheckpointError
 from chatlearn.parallel.sharding import TensorShard
+from chatlearn.parallel.sockets import keep_groups_at
 from megatron_adapters.saved_metadata import check_metadata
 
 __all__ = ["MegatronReader", "write_weights"]
@@ -210,6 +211,7 @@ def _single_world() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    keep_groups_at("127.0.0.1")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield

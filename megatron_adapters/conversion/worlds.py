@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from chatlearn.errors import ChatLearnError
+from chatlearn.parallel.sockets import keep_groups_at
 
 __all__ = ["World", "build_module"]
 
 _TIMEOUT_S = 60.0
+_HOST = "127.0.0.1"
 
 
 class World:
@@ -114,7 +116,7 @@ def build_module(kind: type, name: str, fields: Mapping[str, Any], *, seed: int 
         layout=_layout_of(fields, dist.get_world_size()),
         device=torch.device("cpu"),
         data_parallel_group=None,
-        host="127.0.0.1",
+        host=_HOST,
         node_id="this",
         process_id=os.getpid(),
         timeout_s=_TIMEOUT_S,
@@ -168,6 +170,7 @@ def _run(path: str, rank: int, size: int, function: Any, arguments: tuple[Any, .
     import torch.distributed as dist
 
     store = dist.FileStore(path, size)
+    keep_groups_at(_HOST)
     timeout = timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     try:
