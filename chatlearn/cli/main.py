@@ -170,7 +170,9 @@ def _add_cluster_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    from chatlearn.config.secrets import hide_secrets
+
+    sys.stderr.write(f"{hide_secrets(text)}\n")
 
 
 if __name__ == "__main__":

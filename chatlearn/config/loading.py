@@ -31,10 +31,13 @@ from chatlearn.config.schema import (
     RuntimeConfig,
     RuntimeEnvConfig,
 )
+from chatlearn.config.secrets import find_secrets, hide_in_config, hide_secrets
 from chatlearn.errors import ConfigError
 
 __all__ = ["dump_config", "load_config"]
 
+# Of a message's line, characters.
+_LONGEST = 800
 _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "int": (int,),
@@ -57,10 +60,17 @@ def load_config(
     Raises:
         ConfigError: lists everything that is wrong, a line each.
     """
-    if source is None:
-        source = os.environ.get("CHATLEARN_CONFIG") or {}
-    content = read_model_files(apply_overrides(read_source(source), overrides))
-    name = "the config" if isinstance(source, Mapping) else str(source)
+    content: dict[str, Any] = {}
+    try:
+        if source is None:
+            source = os.environ.get("CHATLEARN_CONFIG") or {}
+        content = read_model_files(apply_overrides(read_source(source), overrides))
+        return _build(content, "the config" if isinstance(source, Mapping) else str(source))
+    except ConfigError as error:
+        raise ConfigError(_presentable(str(error), find_secrets(content))) from error.__cause__
+
+
+def _build(content: dict[str, Any], name: str) -> Config:
     problems: list[str] = []
     # A section whose keys are all commented out reads as null.
     empty: dict[str, Any] = {}
@@ -83,12 +93,24 @@ def load_config(
     return config
 
 
+def _presentable(message: str, secrets: Mapping[str, str]) -> str:
+    """A message without secrets, whose lines have a bounded length."""
+    lines = hide_secrets(message, secrets).splitlines()
+    return "\n".join(
+        line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 4 :]}"
+        for line in lines
+    )
+
+
 def dump_config(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal one."""
+    """The configuration as YAML that `load_config` reads back to an equal one.
+
+    Secrets are written as `${NAME}`: the environment must have them when it is read.
+    """
     content = config.model_dump(mode="json")
     for section in content["models"].values():
         section.update(section.pop("megatron"))
-    return yaml.safe_dump(content, sort_keys=False)
+    return yaml.safe_dump(hide_in_config(content), sort_keys=False)
 
 
 def _sort_model_fields(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:

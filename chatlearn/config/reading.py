@@ -16,6 +16,7 @@ __all__ = ["apply_overrides", "as_section", "merge", "read_model_files", "read_s
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
 _MODEL_FILE = "model_config_file"
+_ENVIRONMENT = "runtime_env.env_vars."
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -75,7 +76,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         path, separator, text = entry.partition("=")
         if not separator or not all(path.split(".")):
             raise ConfigError(f"override {entry!r}: expected key.path=value")
-        nested: Any = _parse(text, f"override {entry!r}")
+        nested: Any = _parse(text, f"override {path}")
         for key in reversed(path.split(".")):
             nested = {key: nested}
         content = merge(content, nested)
@@ -168,7 +169,8 @@ def _parse(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark is not None else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{where}: not valid YAML: {problem}") from error
+        # Without its cause, which shows the text around: there may be a secret in it.
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
     except RecursionError as error:
         raise ConfigError(f"{name}: nested too deeply") from error
     finally:
@@ -191,7 +193,9 @@ def _expand(value: Any, path: str) -> Any:
     if not isinstance(value, str) or "${" not in value:
         return value
     text = _VARIABLE.sub(lambda match: _variable(match, path), value)
-    return _parse(text, path) if _VARIABLE.fullmatch(value) else text
+    # A number-like secret must not become a number on its way to the workers.
+    is_text = path.startswith(_ENVIRONMENT)
+    return _parse(text, path) if _VARIABLE.fullmatch(value) and not is_text else text
 
 
 def _variable(match: re.Match[str], path: str) -> str:

@@ -292,7 +292,10 @@ class RayBackend:
         slot = launch.slots[place]
         name = f"{place.model_name}.r{place.replica}.{place.rank}"
         settings = WorkerSettings(
-            launch.shares[place], tuple(sys.path), str(self._log_dir.resolve() / f"{name}.log")
+            launch.shares[place],
+            tuple(sys.path),
+            str(self._log_dir.resolve() / f"{name}.log"),
+            ray_cluster.find_worker_secrets(launch.config.runtime_env),
         )
         strategy = PlacementGroupSchedulingStrategy(slot.group, slot.bundle)
         # Groups of their own let a busy worker still be watched and asked for its stack.

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.config.secrets import is_secret_variable
 from chatlearn.errors import ConfigError, PlacementError
 from chatlearn.runtime.freed_memory import build_allocator_environment
 from chatlearn.runtime.ray_token import prepare_token
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "choose_object_store",
     "count_cluster_devices",
+    "find_worker_secrets",
     "join_cluster",
     "leave_cluster",
     "object_store_bytes",
@@ -145,9 +147,20 @@ def join_cluster(config: Config) -> None:
     _await_nodes(int(os.environ.get("CHATLEARN_NUM_NODES") or 1), timeout_s)
 
 
+def find_worker_secrets(given: RuntimeEnvConfig) -> dict[str, str]:
+    """The environment variables of the workers that Ray must not see."""
+    return {key: value for key, value in given.env_vars.items() if is_secret_variable(key)}
+
+
 def _worker_environment(given: RuntimeEnvConfig) -> dict[str, Any] | None:
-    """Ray's `runtime_env`, in the containers that Ray insists on."""
+    """Ray's `runtime_env`, in the containers that Ray insists on.
+
+    Ray writes it into its logs (seen in 2.60), so secrets go with the workers' settings instead.
+    """
     found = given.model_dump(exclude_defaults=True)
+    found["env_vars"] = {k: v for k, v in given.env_vars.items() if not is_secret_variable(k)}
+    if not found["env_vars"]:
+        del found["env_vars"]
     return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()} or None
 
 
@@ -159,8 +172,9 @@ def _check_environment(given: RuntimeEnvConfig, connected: Mapping[str, Any]) ->
         connected: the connection's; Ray has put addresses in the place of folders.
     """
     variables: Mapping[str, str] = connected.get("env_vars") or {}
-    lacking = [f"env_vars.{key}" for key, v in given.env_vars.items() if variables.get(key) != v]
     asked = _worker_environment(given) or {}
+    wanted: Mapping[str, str] = asked.get("env_vars", {})
+    lacking = [f"env_vars.{key}" for key, v in wanted.items() if variables.get(key) != v]
     lacking += [key for key in asked.keys() - {"env_vars", "excludes"} if not connected.get(key)]
     if lacking:
         raise ConfigError(

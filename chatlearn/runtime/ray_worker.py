@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from chatlearn.runtime.heartbeats import Beat
 from chatlearn.runtime.threads import ThreadShare, count_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from chatlearn.parallel.context import WorkerContext
     from chatlearn.parallel.layout import ParallelLayout
@@ -36,11 +36,13 @@ class WorkerSettings:
         threads: the worker's part of its node's cores.
         import_path: the driver's `sys.path`, so that user modules are found.
         log_path: file that gets the worker's standard output and error.
+        secrets: environment variables that Ray must not see, or it would write them to its logs.
     """
 
     threads: ThreadShare
     import_path: tuple[str, ...]
     log_path: str
+    secrets: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class RayWorker:
     def __init__(self, settings: WorkerSettings) -> None:
         threads = str(settings.threads.count_threads(count_cores()))
         # Before torch is imported; Ray has set them to the CPUs that the actor reserves.
-        os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+        os.environ.update(settings.secrets, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
         for entry in settings.import_path:
             if entry not in sys.path:
                 sys.path.append(entry)
