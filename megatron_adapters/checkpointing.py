@@ -1,18 +1,20 @@
 # pyright: standard, reportPrivateImportUsage=false
 """Saves and loads models in Megatron's distributed format, which loads at another layout."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from chatlearn.errors import CheckpointError
+from megatron_adapters.checkpoint_reader import describe_damage, read_checkpoint
 from megatron_adapters.checkpoint_writer import RankSave, StagingArea, plan_save
 from megatron_adapters.model_building import unwrap
 from megatron_adapters.patches.adam_state import allocate_state, separate_steps
-from megatron_adapters.saved_metadata import check_metadata
+from megatron_adapters.saved_metadata import check_metadata, read_metadata
 from megatron_adapters.training import TrainingState
 
 __all__ = [
@@ -98,8 +100,9 @@ def load_weights(folder: str, chunks: Sequence[Any], *, skip: Sequence[str] = ()
         }
     loaded = _load(folder, content)
     for number, chunk in enumerate(chunks):
-        found = loaded[_chunk_key(number, len(chunks))]
-        missing, unknown = unwrap(chunk).load_state_dict(found, strict=False)
+        with _refusing(folder):
+            found = loaded[_chunk_key(number, len(chunks))]
+            missing, unknown = unwrap(chunk).load_state_dict(found, strict=False)
         wrong = [name for name in missing if not name.endswith(left_out or ("\0",))] + unknown
         if wrong:
             raise CheckpointError(f"{folder} is of another model: {', '.join(wrong[:5])}")
@@ -123,7 +126,8 @@ def load_training(folder: str, state: TrainingState) -> int:
     )
     loaded = _load(folder, content)
     for number, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[_chunk_key(number, len(chunks))])
+        with _refusing(folder):
+            unwrap(chunk).load_state_dict(loaded[_chunk_key(number, len(chunks))])
     try:
         state.optimizer.load_state_dict(loaded["optimizer"])
     except (KeyError, ValueError, TypeError, AssertionError, RuntimeError) as error:
@@ -134,17 +138,27 @@ def load_training(folder: str, state: TrainingState) -> int:
         ) from error
     for optimizer in inner:
         separate_steps(optimizer)
-    state.scheduler.load_state_dict(loaded["scheduler"])
-    return int(loaded["iteration"])
+    with _refusing(folder):
+        state.scheduler.load_state_dict(loaded["scheduler"])
+        return int(loaded["iteration"])
+
+
+@contextmanager
+def _refusing(folder: str) -> Generator[None]:
+    """Whatever a module or schedule says of values that are not its own is the checkpoint's."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} does not fit this model: {describe_damage(error)}"
+        ) from error
 
 
 def _has_extra_state(folder: str) -> bool:
     """Converted checkpoints hold none of what Megatron's modules save besides their weights."""
-    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-
     if not has_checkpoint(folder):
         return False
-    return any(_EXTRA_STATE in key for key in load_sharded_metadata(folder))
+    return any(_EXTRA_STATE in key for key in read_metadata(folder).state_dict_metadata)
 
 
 def has_checkpoint(folder: str) -> bool:
@@ -160,32 +174,12 @@ def has_checkpoint(folder: str) -> bool:
 
 
 def _load(folder: str, content: dict[str, Any]) -> dict[str, Any]:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    # torch's own is a BaseException.
-    from torch.distributed.checkpoint.api import CheckpointException
-
     if not has_checkpoint(folder):
         raise CheckpointError(
             f"{folder} holds no Megatron checkpoint (no metadata.json): name a model's folder, "
             "such as checkpoints/episode_000010/models/policy_trainer"
         )
-    try:
-        with warnings.catch_warnings():
-            # Megatron calls functions that torch deprecates (seen in megatron-core 0.16.1).
-            warnings.simplefilter("ignore", FutureWarning)
-            loaded: Any = dist_checkpointing.load(content, folder)
-        return loaded
-    except (
-        OSError,
-        CheckpointingException,
-        CheckpointException,
-        RuntimeError,
-        KeyError,
-        ValueError,
-    ) as error:
-        raise CheckpointError(f"{folder} cannot be loaded into this model: {error}") from error
+    return read_checkpoint(folder, content)
 
 
 def _weights(chunks: Sequence[Any]) -> dict[str, Any]:
@@ -244,11 +238,9 @@ def build_strategy() -> Any:
 
 def has_adapters(folder: str) -> bool:
     """Whether a checkpoint holds low-rank adapters."""
-    from megatron.core import dist_checkpointing
-
     if not has_checkpoint(folder):
         return False
-    return any(".lora_A" in key for key in dist_checkpointing.load_tensors_metadata(folder))
+    return any(".lora_A" in key for key in read_metadata(folder).state_dict_metadata)
 
 
 def lacks_scalar_head(folder: str) -> bool:
@@ -263,9 +255,7 @@ def saved_shape(folder: str, key: str) -> tuple[int, ...] | None:
     Raises:
         CheckpointError: no checkpoint there.
     """
-    from megatron.core import dist_checkpointing
-
     if not has_checkpoint(folder):
         raise CheckpointError(f"{folder} holds no Megatron checkpoint (no metadata.json)")
-    found = dist_checkpointing.load_tensors_metadata(folder).get(key)
-    return tuple(found.global_shape) if found is not None else None
+    found = read_metadata(folder).state_dict_metadata.get(key)
+    return tuple(found.size) if isinstance(found, TensorStorageMetadata) else None

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -19,7 +17,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from chatlearn.errors import CheckpointError
 from chatlearn.parallel.sharding import TensorShard
 from chatlearn.parallel.sockets import keep_groups_at
-from megatron_adapters.saved_metadata import check_metadata
+from megatron_adapters.checkpoint_reader import describe_damage, open_reader
 
 __all__ = ["MegatronReader", "write_weights"]
 
@@ -42,13 +40,9 @@ class MegatronReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        check_metadata(folder)
         self._folder = folder
-        self._reader = FileSystemReader(str(folder))
-        try:
-            self._metadata = self._reader.read_metadata()
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        self._reader = open_reader(folder)
+        self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -82,8 +76,10 @@ class MegatronReader:
         plan = self._reader.prepare_local_plan(LoadPlan(planner.items))
         try:
             self._reader.read_data(plan, planner).wait()
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self._folder} cannot be read: {error}") from error
+        except Exception as error:  # noqa: BLE001 - damaged files raise anything
+            raise CheckpointError(
+                f"{self._folder} cannot be read: {describe_damage(error)}"
+            ) from error
 
     def check(self, shards: Sequence[TensorShard]) -> None:
         """Refuse a checkpoint that is of another model.
