@@ -71,7 +71,7 @@ def open_reader(folder: str | Path) -> FileSystemReader:
 
         def read_metadata(self, *_arguments: Any, **_options: Any) -> Any:
             if self._found is None:
-                self._found = read_metadata(self.path)
+                self._found = read_metadata(str(self.path))
                 if self._found.storage_meta is None:
                     self._found.storage_meta = StorageMeta()
             self._found.storage_meta.load_id = self.load_id
@@ -122,7 +122,7 @@ def _build_sharded_strategy() -> Any:
             )
             # `checkpoint.load` wants the same keys on all ranks.
             checkpoint.load_state_dict(state, open_reader(checkpoint_dir), planner=planner)
-            unwrapped = {
+            unwrapped: dict[str, Any] = {
                 key: torch_strategies._unwrap_pyt_sharded_tensor(value)
                 for key, value in state.items()
             }

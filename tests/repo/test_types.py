@@ -20,6 +20,7 @@ NOT_STRICT = {
     "chatlearn/runtime/ray_worker.py",
     "chatlearn/sync/rank_calls.py",
     "chatlearn/sync/transport.py",
+    "megatron_adapters/checkpoint_reader.py",
     "megatron_adapters/checkpoint_writer.py",
     "megatron_adapters/checkpointing.py",
     "megatron_adapters/attention.py",
