@@ -10,6 +10,7 @@ COMMENT = re.compile(r"^# pyright: (.+)", re.MULTILINE)
 STANDARD = "standard, reportPrivateImportUsage=false"
 # They call Ray, torch.distributed, Megatron or matplotlib, whose types say little.
 NOT_STRICT = {
+    "chatlearn/parallel/sockets.py",
     "chatlearn/runtime/explain.py",
     "chatlearn/runtime/heartbeats.py",
     "chatlearn/runtime/process_world.py",
