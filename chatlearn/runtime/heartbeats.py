@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from chatlearn.runtime.contract import WorkerSummary
 
-__all__ = ["Beat", "Heartbeats", "kill_worker"]
+__all__ = ["Beat", "Heartbeats", "kill_workers"]
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_INTERVAL_S = 5.0
-_KILL_S = 30.0
+_KILL_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -136,27 +136,30 @@ class Heartbeats:
                 self.describe(worker),
             )
             self.remove(worker)
-            kill_worker(worker)
+            kill_workers([worker])
 
 
-def kill_worker(worker: WorkerSummary) -> None:
-    """End a worker's process, also one that is stopped; nothing where its node is gone."""
+def kill_workers(workers: Collection[WorkerSummary]) -> None:
+    """End workers' processes, also ones that are stopped; nothing where their node is gone."""
     import ray
-    import ray.exceptions
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if worker.node_id == ray.get_runtime_context().get_node_id():
-        _kill(worker.process_id)
-        return
-    strategy = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+    own_node = ray.get_runtime_context().get_node_id()
+    alive = {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
     remote: Any = ray.remote(num_cpus=0, max_retries=0)(_kill)
-    try:
-        ray.get(
-            remote.options(scheduling_strategy=strategy).remote(worker.process_id),
-            timeout=_KILL_S,
-        )
-    except (ray.exceptions.RayError, ValueError):
-        logger.warning("node %s does not answer: its workers are taken for dead", worker.host)
+    asked: dict[Any, WorkerSummary] = {}
+    for worker in workers:
+        if worker.node_id == own_node:
+            _kill(worker.process_id)
+        elif worker.node_id in alive:
+            strategy = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+            task = remote.options(scheduling_strategy=strategy).remote(worker.process_id)
+            asked[task] = worker
+    if asked:
+        _, late = ray.wait(list(asked), num_returns=len(asked), timeout=_KILL_S)
+        hosts = sorted({asked[task].host for task in late})
+        if hosts:
+            logger.warning("%s: nobody answers; workers there count as dead", ", ".join(hosts))
 
 
 def _kill(process_id: int) -> None:

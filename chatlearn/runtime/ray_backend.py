@@ -21,7 +21,7 @@ from chatlearn.runtime.contract import (
     WorkerSummary,
 )
 from chatlearn.runtime.explain import explain_workers
-from chatlearn.runtime.heartbeats import Heartbeats, kill_worker
+from chatlearn.runtime.heartbeats import Heartbeats, kill_workers
 from chatlearn.runtime.module_packing import pack_module
 from chatlearn.runtime.ray_errors import describe_failure
 from chatlearn.runtime.ray_placement import ActorSlot, create_groups
@@ -263,11 +263,8 @@ class RayBackend:
             _, late = ray.wait(list(refs), num_returns=len(refs), timeout=_SHUTDOWN_S)
         for actor in self._actors:
             ray.kill(actor.handle)
-        for ref in late:
-            # One that was stopped does not hear Ray.
-            summary = self._summaries.get(refs[ref])
-            if summary is not None:
-                kill_worker(summary)
+        # One that was stopped does not hear Ray.
+        kill_workers([self._summaries[refs[ref]] for ref in late if refs[ref] in self._summaries])
         self._actors.clear()
         self._watches.clear()
         self._summaries.clear()
@@ -283,7 +280,7 @@ class RayBackend:
         for summary in gone:
             if self._heartbeats is not None:
                 self._heartbeats.remove(summary)
-            kill_worker(summary)
+        kill_workers(gone)
 
     def _create(self, launch: _Launch, place: WorkerPlace) -> _Actor:
         import ray
