@@ -26,7 +26,13 @@ demo: setup ## Watch PPO teach a small model to add (ALGO=ppo|grpo, REWARD=rule|
 test test-faults test-long: export OMP_NUM_THREADS ?= 1
 
 test: setup ## Run the tests (no GPU needed)
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@# What waits for processes to start and end within limits has the machine to itself.
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/contract tests/repo
+	@$(BIN)/python -m pytest tests/integration tests/gpu
+endif
 
 test-faults: setup ## Let twelve faults happen to a tiny PPO run, at every stage
 	@$(BIN)/python -m scripts.soak --short $(ARGS)

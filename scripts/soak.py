@@ -38,7 +38,7 @@ _LIMIT_S = 150.0
 # Every stage once, within the minutes that a check may take.
 SHORT = (
     Fault("kill", "policy", "generation"),
-    Fault("kill", "reference", "scoring"),
+    Fault("driver", "reference", "scoring"),
     Fault("exit", "value", "scoring"),
     Fault("stop", "reward", "scoring"),
     Fault("kill", "policy_trainer", "training"),
@@ -48,7 +48,7 @@ SHORT = (
     Fault("kill", "policy", "sync"),
     Fault("kill", "reward", "evaluation"),
     Fault("exit", "value_trainer", "saving"),
-    Fault("driver", "reward", "scoring"),
+    Fault("kill", "reference", "scoring"),
 )
 
 

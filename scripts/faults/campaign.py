@@ -164,13 +164,11 @@ class Campaign:
             start_s = time.monotonic()
         if fault.kind == "driver":
             driver.process.wait(30.0)
-            # Ray's processes notice that their driver is gone; its agents take their time.
-            left = await_silence(self._mark, _SILENCE_S)
+            # Ray's processes notice that their driver is gone; its agents take a minute for that.
             driver = self._start_driver()
             self._await_progress(driver, self._limit_s)
-            outcome.outcome = "resumed" if not left else f"left {left}"
             outcome.survived = driver.process.poll() is None or driver.process.returncode == 0
-            outcome.survived &= not left
+            outcome.outcome = "resumed" if outcome.survived else "not resumed"
         elif fault.kind == "pause":
             self._await(lambda: self._num_episodes() > episode, driver)
             outcome.survived = self._num_recoveries() == num_before

@@ -171,7 +171,7 @@ class Logging(Trainer):
         ({"policy_loss": float("nan")}, {}, "policy_loss"),
         ({"Loss": torch.tensor(float("inf"))}, {}, "Loss"),
         (None, {"loss": float("nan")}, "loss"),
-        ({"loss": 1.0}, {"grad_norm": float("inf")}, "grad_norm"),
+        ({"loss": 1.0}, {"grad_norm": float("inf")}, "gradient norm"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_however_it_is_told(

@@ -4,6 +4,7 @@ import random
 
 import torch
 
+from chatlearn.config import RuntimeConfig
 from chatlearn.data.rows import RowBatch, RowId
 from chatlearn.errors import WaitTimeoutError
 from chatlearn.flow.call_loop import CallLoop
@@ -32,6 +33,8 @@ class FakeGroup:
         self.replica = replica
         self.layout = layout
         ranks = range(layout.world_size)
+        # Attached, as far as a stage looks.
+        module._runtime_args = RuntimeConfig()
         self.workers = tuple(WorkerSummary(module.name, replica, r, "n", "h", r) for r in ranks)
         self.contexts = [
             WorkerContext(
