@@ -14,7 +14,10 @@ __all__ = [
     "SyncError",
     "WaitTimeoutError",
     "WorkerError",
+    "in_one_line",
 ]
+
+_MESSAGE_CHARS = 400
 
 
 class ChatLearnError(Exception):
@@ -126,3 +129,11 @@ def _rebuild_worker_error(message: str, state: dict[str, object]) -> WorkerError
     Exception.__init__(error, message)
     error.__dict__.update(state)
     return error
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, in one line of bounded length; of others than ours also its kind."""
+    text = " ".join(str(error).split())
+    if len(text) > _MESSAGE_CHARS:
+        text = f"{text[:_MESSAGE_CHARS]} ..."
+    return text if isinstance(error, ChatLearnError) else f"{type(error).__name__}: {text}"

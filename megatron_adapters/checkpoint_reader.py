@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, in_one_line
 from megatron_adapters.saved_metadata import read_metadata
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["describe_damage", "open_reader", "read_checkpoint"]
 
 _COMMON_FILE = "common.pt"
-_MESSAGE_CHARS = 300
 
 
 def read_checkpoint(folder: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -86,9 +85,7 @@ def describe_damage(error: BaseException) -> str:
     for rank, failure in failures.items():
         cause = failure[0] if isinstance(failure, tuple) else failure
         return f"rank {rank}: {describe_damage(cause)}"
-    text = " ".join(str(error).split())
-    short = text if len(text) <= _MESSAGE_CHARS else f"{text[:_MESSAGE_CHARS]} ..."
-    return short if isinstance(error, CheckpointError) else f"{type(error).__name__}: {short}"
+    return in_one_line(error)
 
 
 def _build_sharded_strategy() -> Any:
@@ -122,7 +119,7 @@ def _build_sharded_strategy() -> Any:
             )
             # `checkpoint.load` wants the same keys on all ranks.
             checkpoint.load_state_dict(state, open_reader(checkpoint_dir), planner=planner)
-            unwrapped: dict[str, Any] = {
+            unwrapped: Any = {
                 key: torch_strategies._unwrap_pyt_sharded_tensor(value)
                 for key, value in state.items()
             }

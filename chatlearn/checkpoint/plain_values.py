@@ -6,7 +6,7 @@ import os
 import pickle
 from typing import TYPE_CHECKING, Any, cast
 
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, in_one_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,8 +67,12 @@ def save_plain(path: Path, value: Any, where: str) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def load_plain(path: Path) -> Any:
+def load_plain(path: Path, device: Any = "cpu") -> Any:
     """Read what `save_plain` wrote, without running code from the file.
+
+    Args:
+        path: of the file.
+        device: where tensors go.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds something else.
@@ -76,10 +80,10 @@ def load_plain(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+        return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} cannot be loaded: it is damaged, or holds more than tensors and numbers"
         ) from error
+    except Exception as error:  # a damaged file raises anything
+        raise CheckpointError(f"{path} cannot be loaded: {in_one_line(error)}") from error

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["find_contradictions"]
 
 _NO_ENV = dict(RuntimeEnvConfig())
+# More than any cluster has; a slip of the keyboard is named before it is planned.
+_MOST_RANKS = 100_000
 _UNEVEN = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -52,6 +54,11 @@ def _check_model(name: str, model: ModelConfig) -> Iterator[str]:
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     cp, ep = model.context_parallel_size, model.expert_model_parallel_size
     ranks = tp * pp * cp
+    if max(ranks, model.num_gpu or 0, model.num_cpu) > _MOST_RANKS:
+        yield (
+            f"{path}: num_gpu={model.num_gpu}, num_cpu={model.num_cpu}, TP x PP x CP = {tp} x {pp} "
+            f"x {cp}: a model has at most {_MOST_RANKS} ranks"
+        )
     if model.num_gpu is not None and model.num_gpu > 0:
         if model.num_gpu % ranks:
             yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.config.expert_layers import find_expert_layers
+from chatlearn.config.field_kinds import find_bad_sizes
 from chatlearn.config.refused_fields import find_refused_fields, why_refused
 from chatlearn.config.rope_scaling import check_rope_scaling
 from chatlearn.errors import ConfigError
@@ -27,30 +28,6 @@ _CHOICES = {
     "recompute_granularity": ("full", "selective"),
     "recompute_method": ("uniform", "block"),
 }
-_POSITIVE = (
-    "ffn_hidden_size",
-    "hidden_size",
-    "kv_channels",
-    "max_sequence_length",
-    "moe_ffn_hidden_size",
-    "moe_router_topk",
-    "num_attention_heads",
-    "num_layers",
-    "num_moe_experts",
-    "num_query_groups",
-    "recompute_num_layers",
-    "vocab_size",
-)
-_NOT_NEGATIVE = (
-    "adam_eps",
-    "clip_grad",
-    "init_method_std",
-    "layernorm_epsilon",
-    "lr",
-    "lr_warmup_steps",
-    "min_lr",
-    "weight_decay",
-)
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "attention_dropout", "hidden_dropout")
 # Megatron-Core 0.16.1's default.
 _MEGATRON_TOPK = 2
@@ -71,11 +48,8 @@ def find_bad_fields(path: str, model: ModelConfig) -> Iterator[str]:
         value = fields.get(key)
         if value is not None and value not in choices:
             yield f"{path}.{key}: got {value!r}, expected one of {', '.join(choices)}"
-    for key in (*_POSITIVE, *_NOT_NEGATIVE):
-        value = fields.get(key)
-        least = 1 if key in _POSITIVE else 0
-        if isinstance(value, int | float) and value < least:
-            yield f"{path}.{key}: got {value}, expected {least} or more"
+    for line in find_bad_sizes(fields):
+        yield f"{path}.{line}"
     for key in _BELOW_ONE:
         value = fields.get(key)
         if value is not None and not 0 <= value < 1:

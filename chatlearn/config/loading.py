@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from chatlearn.config.chatlearn_keys import UNSUPPORTED, rename_runtime_keys
 from chatlearn.config.checks import find_contradictions
+from chatlearn.config.field_kinds import FIELD_KINDS, describe_wrong_kind, is_kind
 from chatlearn.config.guards import GuardsConfig
 from chatlearn.config.megatron_fields import MEGATRON_FIELDS
 from chatlearn.config.model_fields import MODEL_FIELDS
@@ -38,14 +39,6 @@ __all__ = ["dump_config", "load_config"]
 
 # Of a message's line, characters.
 _LONGEST = 800
-_KINDS: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "list": (list, tuple),
-    "dict": (dict,),
-}
 
 
 def load_config(
@@ -118,8 +111,6 @@ def _sort_model_fields(content: dict[str, Any], problems: list[str]) -> dict[str
     models = content.get("models")
     if not isinstance(models, Mapping):
         return content
-    known = {name: kinds for group in MEGATRON_FIELDS.values() for name, kinds in group.items()}
-    known.update({name: field.kinds for name, field in MODEL_FIELDS.items()})
     sorted_models: dict[str, Any] = {}
     for model, section in cast("Mapping[str, Any]", models).items():
         if not isinstance(section, Mapping):
@@ -127,13 +118,13 @@ def _sort_model_fields(content: dict[str, Any], problems: list[str]) -> dict[str
             continue
         own, megatron = dict[str, Any](), dict[str, Any]()
         for key, value in cast("Mapping[str, Any]", section).items():
-            if key in ModelConfig.model_fields or key not in known:
+            if key in ModelConfig.model_fields or key not in FIELD_KINDS:
                 own[key] = value
                 continue
             megatron[key] = value
-            if not _is_kind(value, known[key]):
-                expected = " or ".join(known[key])
-                problems.append(_wrong_kind(f"models.{model}.{key}", value, expected))
+            if not is_kind(value, FIELD_KINDS[key]):
+                where = f"models.{model}.{key}"
+                problems.append(describe_wrong_kind(where, value, FIELD_KINDS[key]))
         if "num_device" in own:
             _rename_num_device(model, own, problems)
         if megatron:
@@ -187,18 +178,6 @@ def _check_keys(
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known[:12])}"
         problems.append(f"{where}: unknown key; {hint}")
-
-
-def _is_kind(value: Any, kinds: Sequence[str]) -> bool:
-    if value is None:
-        return True
-    if isinstance(value, bool):
-        return "bool" in kinds
-    return any(isinstance(value, _KINDS[kind]) for kind in kinds)
-
-
-def _wrong_kind(path: str, value: Any, expected: str) -> str:
-    return f"{path}: got {value!r} ({type(value).__name__}), expected {expected}"
 
 
 def _describe(error: ValidationError) -> list[str]:

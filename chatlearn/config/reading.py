@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import yaml
 
@@ -20,8 +20,28 @@ _ENVIRONMENT = "runtime_env.env_vars."
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
+_KINDS = ("bool", "float", "int", "map", "null", "seq", "str")
+# Aliases repeat what they name: a few lines can stand for more than any memory holds.
+_MOST_ENTRIES = 100_000
+_MOST_CHARS = 10_000_000
+_DEEPEST = 60
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses doubled keys and reads 1e-5 as a number."""
+    """The safe loader with JSON's kinds of values only; a date stays a text.
+
+    It refuses doubled keys and reads 1e-5 as a number.
+    """
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+        tag: build
+        for tag, build in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in _KINDS
+    }
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+        start: [entry for entry in found if not entry[0].endswith(":timestamp")]
+        for start, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _build_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -126,16 +146,21 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_file(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
-    resolved = path.resolve()
-    if resolved in within:
-        chain = " -> ".join(str(each) for each in (*within, resolved))
-        raise ConfigError(f"includes close a cycle: {chain}")
     try:
-        text = path.read_text(encoding="utf-8")
+        resolved = path.resolve()
+        if resolved in within:
+            chain = " -> ".join(str(each) for each in (*within, resolved))
+            raise ConfigError(f"includes close a cycle: {chain}")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARS + 1)
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {path} is not UTF-8 text: {error.reason}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be: {error}") from error
+    if len(text) > _MOST_CHARS:
+        raise ConfigError(f"config file {path} is longer than {_MOST_CHARS} characters")
     content = _parse(text, str(path))
     if content is None:
         return {}
@@ -161,20 +186,53 @@ def _anchor_model_files(content: dict[str, Any], folder: Path) -> None:
 
 
 def _parse(text: str, name: str) -> Any:
-    loader = _Loader(text)
-    loader.name = name
+    loader: Any = None
     try:
-        return loader.get_single_data()
+        loader = _Loader(text)
+        loader.name = name
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_entries(node, {}, 0) > _MOST_ENTRIES:
+            raise ConfigError(f"{name}: more than {_MOST_ENTRIES} entries, aliases written out")
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark is not None else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         # Without its cause, which shows the text around: there may be a secret in it.
         raise ConfigError(f"{where}: not valid YAML: {problem}") from None
-    except RecursionError as error:
-        raise ConfigError(f"{name}: nested too deeply") from error
+    except ValueError as error:
+        raise ConfigError(f"{name}: a number cannot be read: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
     finally:
-        cast("Any", loader).dispose()
+        if loader is not None:
+            loader.dispose()
+
+
+def _count_entries(node: Any, known: dict[int, int], depth: int) -> int:
+    """Entries of a node, aliases written out.
+
+    Args:
+        node: of YAML's tree, in which aliases are the same node again.
+        known: counts of the nodes that were seen; 0 while a node is being counted.
+        depth: of the node.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if known.get(id(node)) == 0:
+        mark = node.start_mark
+        raise ConfigError(f"{mark.name}:{mark.line + 1}: an alias stands within what it names")
+    if depth > _DEEPEST:
+        raise RecursionError
+    if id(node) not in known:
+        known[id(node)] = 0
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [each for pair in node.value for each in pair]
+        known[id(node)] = 1 + sum(_count_entries(part, known, depth + 1) for part in parts)
+    return known[id(node)]
 
 
 def _plain(value: Any) -> Any:

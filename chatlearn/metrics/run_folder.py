@@ -35,6 +35,8 @@ class RunFolder:
             (folder / "config.yaml").write_text(config_text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"runtime.output_dir: {parent}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"runtime.output_dir: {str(parent)!r}: {error}") from error
         return cls(folder.resolve())
 
     @property

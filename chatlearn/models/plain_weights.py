@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.errors import ChatLearnError, CheckpointError
+from chatlearn.checkpoint.plain_values import load_plain
+from chatlearn.errors import ChatLearnError, CheckpointError, in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,18 +126,12 @@ def load_state(path: Path, model: Any, optimizer: Any, device: torch.device) -> 
     Raises:
         CheckpointError: the file is missing, damaged, or does not fit the model.
     """
-    import torch
-
     if model is None:
         raise CheckpointError(f"{path} cannot be loaded: build self.model in setup() first")
+    state = load_plain(path, device)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         if optimizer is not None and "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} cannot be loaded: it is damaged, or holds more than tensors and numbers"
-        ) from error
+    except Exception as error:  # modules and optimizers raise anything
+        raise CheckpointError(f"{path} cannot be loaded: {in_one_line(error)}") from error

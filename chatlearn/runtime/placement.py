@@ -176,9 +176,10 @@ class ReplicaSummary:
 def describe_placement(plan: PlacementPlan) -> list[ReplicaSummary]:
     """The replicas of a plan, by placement group."""
     found: list[ReplicaSummary] = []
-    keys = dict.fromkeys((p.group, p.model_name, p.replica) for p in plan.places)
-    for group, name, replica in keys:
-        own = [p for p in plan.places if (p.model_name, p.replica) == (name, replica)]
+    replicas: dict[tuple[int, str, int], list[WorkerPlace]] = {}
+    for place in plan.places:
+        replicas.setdefault((place.group, place.model_name, place.replica), []).append(place)
+    for (group, name, replica), own in replicas.items():
         slots = [f"{p.slot.node}:{p.slot.device}" for p in own if p.slot is not None]
         shown = slots[0] if len(slots) == 1 else f"{slots[0]} .. {slots[-1]}" if slots else "CPU"
         share = own[0].share

@@ -26,7 +26,7 @@ __all__ = ["RayNode", "death_signal_setter", "start_child"]
 _SET_PARENT_DEATH_SIGNAL = 1
 _STOP_S = 20.0
 _TAIL_LINES = 12
-_LOOPBACK = ("127.", "0.0.0.0")
+_LOOPBACK = ("127.", "0.0.0.0")  # noqa: S104 - compared with
 # What torchrun and the scripts set for this process; Ray's workers must not take it for theirs.
 _LAUNCH_NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",

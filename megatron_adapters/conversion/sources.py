@@ -11,7 +11,7 @@ import torch
 
 from chatlearn.config.schema import LoraConfig
 from chatlearn.data.tokenizer import find_tokenizer
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, in_one_line
 from chatlearn.parallel.layout import ParallelLayout
 from chatlearn.parallel.sharding import TensorShard
 from megatron_adapters.checkpointing import has_checkpoint
@@ -120,18 +120,46 @@ def make_tensors(
         ends = tuple(at + n for at, n in zip(shard.local_offset, shard.local_shape, strict=True))
         known = shapes.get(shard.local_name, ends)
         shapes[shard.local_name] = tuple(map(max, known, ends))
-        dtypes[shard.local_name] = getattr(torch, shard.dtype)
+        dtypes[shard.local_name] = _find_dtype(shard)
     tensors: dict[str, torch.Tensor] = {}
     for number, (name, shape) in enumerate(shapes.items()):
         size = torch.Size(shape).numel()
-        if folder is None:
-            tensors[name] = torch.empty(shape, dtype=dtypes[name])
-            continue
-        path = str(folder / f"{number}")
-        tensors[name] = torch.from_file(path, shared=True, size=size, dtype=dtypes[name]).view(
-            shape
-        )
+        try:
+            if folder is None:
+                tensors[name] = torch.empty(shape, dtype=dtypes[name])
+                continue
+            path = str(folder / f"{number}")
+            mapped = torch.from_file(path, shared=True, size=size, dtype=dtypes[name])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"there is no room for {name} {shape}: {in_one_line(error)}"
+            ) from error
+        tensors[name] = mapped.view(shape)
     return tensors
+
+
+def _find_dtype(shard: TensorShard) -> torch.dtype:
+    found = getattr(torch, shard.dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{shard.key} has the dtype {shard.dtype!r:.60}, which torch lacks")
+    return found
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, also where a damaged record gives no name that can be."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _read_lora(folder: Path, section: Mapping[str, Any]) -> LoraConfig:
+    try:
+        return LoraConfig.model_validate(section)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: lora of its model.json cannot be: {in_one_line(error)}"
+        ) from error
 
 
 class _HuggingFaceSource:
@@ -167,7 +195,7 @@ class _MegatronSource:
         else:
             record = read_model_file(folder)
             template = None if record.pretrained is None else Path(record.pretrained)
-            if template is not None and not (template / CONFIG_FILE).is_file():
+            if template is not None and not _is_file(template / CONFIG_FILE):
                 template = None
             tokenizer = None if template is None else find_tokenizer(template)
             self.model = SourceModel(
@@ -179,7 +207,7 @@ class _MegatronSource:
                 dtype,
             )
             if record.lora is not None:
-                lora = LoraConfig.model_validate(record.lora)
+                lora = _read_lora(folder, record.lora)
                 self.adapters = SavedAdapters(
                     self._reader, lora, record.fields, record.head, record.pretrained
                 )

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ConfigError, in_one_line
 
-__all__ = ["CONFIG_FILE", "ModelConfigFile", "Rope", "read_config_file"]
+__all__ = ["CONFIG_FILE", "ModelConfigFile", "Rope", "describing_model", "read_config_file"]
 
 CONFIG_FILE = "config.json"
+
+
+@contextmanager
+def describing_model(path: Path) -> Generator[None]:
+    """Turn what entries of a strange kind lead to into an error that names the file.
+
+    Raises:
+        ConfigError: in the place of a TypeError, a KeyError and their like.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} describes no model: {in_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -83,18 +97,21 @@ class ModelConfigFile:
     def architecture(self) -> str | None:
         """The class that the weights are of, such as `LlamaForCausalLM`."""
         names = self.get("architectures", [])
-        return str(names[0]) if names else None
+        with describing_model(self.path):
+            return str(names[0]) if names else None
 
     @property
     def dtype(self) -> str | None:
         """Of the weights, torch's name."""
-        return self.get("dtype", self.get("torch_dtype"))
+        name = self.get("dtype", self.get("torch_dtype"))
+        return None if name is None else str(name)
 
     @property
     def num_labels(self) -> int:
         """Outputs of a sequence classifier."""
         labels = self.get("id2label")
-        return len(labels) if labels is not None else int(self.get("num_labels", 2))
+        with describing_model(self.path):
+            return len(labels) if labels is not None else int(self.get("num_labels", 2))
 
     def read_rope(self, kind: str | None = None) -> Rope:
         """The rotary positions, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
@@ -102,6 +119,10 @@ class ModelConfigFile:
         Args:
             kind: of the layers, for families whose layers differ, such as `full_attention`.
         """
+        with describing_model(self.path):
+            return self._read_rope(kind)
+
+    def _read_rope(self, kind: str | None) -> Rope:
         parameters: dict[str, Any] = dict(self.get("rope_parameters", {}))
         if kind is not None and kind in parameters:
             parameters = dict(parameters[kind] or {})
@@ -128,8 +149,8 @@ def read_config_file(folder: str | Path) -> ModelConfigFile:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {in_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return ModelConfigFile(path, cast("dict[str, Any]", values))

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from chatlearn.config.field_kinds import find_bad_sizes, find_wrong_kinds
 from chatlearn.errors import ConfigError
-from megatron_adapters.weights.config_file import ModelConfigFile
+from megatron_adapters.weights.config_file import ModelConfigFile, describing_model
 from megatron_adapters.weights.dense_families import (
     read_gemma3,
     read_llama,
@@ -85,6 +86,14 @@ class Family:
         Raises:
             ConfigError: it describes what is not built here; names the file and the entry.
         """
+        with describing_model(config.path):
+            fields = self._read_fields(config)
+        problems = [*find_wrong_kinds(fields)] or [*find_bad_sizes(fields)]
+        if problems:
+            raise ConfigError(f"{config.path} describes no model: {'; '.join(problems[:3])}")
+        return fields
+
+    def _read_fields(self, config: ModelConfigFile) -> Fields:
         _refuse_unknown(config)
         fields: Fields = {
             field: config.need(key) for key, field in _COMMON.items() if key in config.values

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from chatlearn.config.field_kinds import find_bad_sizes, find_wrong_kinds
 from chatlearn.config.megatron_fields import MEGATRON_FIELDS
 from chatlearn.config.model_fields import MODEL_FIELDS
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, in_one_line
 from megatron_adapters.weights.architecture import Head
 
 if TYPE_CHECKING:
@@ -96,14 +97,32 @@ def read_model_file(folder: Path) -> ModelRecord:
     path = folder / MODEL_FILE
     try:
         content = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-        return ModelRecord(**content)
+        return _checked(ModelRecord(**content))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is not there, so what model the checkpoint is of is not known: write it by "
             'hand ({"fields": {...}, "head": "lm"}), or give --like DIR'
         ) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {in_one_line(error)}") from error
+
+
+def _checked(record: ModelRecord) -> ModelRecord:
+    """The record, if its entries are what they should be."""
+    for name in ("family", "pretrained"):
+        value = getattr(record, name)
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}: expected a text, got {value!r:.60}")
+    for name in ("fields", "lora"):
+        value = getattr(record, name)
+        if not isinstance(value, dict) and (name == "fields" or value is not None):
+            raise TypeError(f"{name}: expected an object, got {value!r:.60}")
+    if record.head not in ("lm", "scalar"):
+        raise ValueError(f"head: expected lm or scalar, got {record.head!r:.60}")
+    problems = [*find_wrong_kinds(record.fields)] or [*find_bad_sizes(record.fields)]
+    if problems:
+        raise ValueError("; ".join(problems[:3]))
+    return record
 
 
 def _latent_fields() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, in_one_line
 from chatlearn.parallel.sharding import Box
 from megatron_adapters.weights.safetensors_names import INDEX_FILE, SINGLE_FILE
 
@@ -132,9 +132,11 @@ def _find_files(folder: Path, single_file: str | None) -> Mapping[Path, frozense
         by_file: dict[str, set[str]] = {}
         for name, file in entries.items():
             by_file.setdefault(file, set()).add(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files: {error!r}") from error
-    strange = [file for file in by_file if Path(file).name != file]
+        strange = [file for file in by_file if Path(file).name != file]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index} is no index of safetensors files: {in_one_line(error)}"
+        ) from error
     if strange:
         raise CheckpointError(f"{index} names files outside the folder: {_some(strange)}")
     return {folder / file: frozenset(names) for file, names in sorted(by_file.items())}
@@ -143,9 +145,9 @@ def _find_files(folder: Path, single_file: str | None) -> Mapping[Path, frozense
 def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: {INDEX_FILE} names it")
     try:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: {INDEX_FILE} names it")
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(

@@ -5,10 +5,16 @@ import pickle
 import pytest
 
 from chatlearn import errors
-from chatlearn.errors import ChatLearnError, ConfigError, PlacementError, WorkerError
+from chatlearn.errors import (
+    ChatLearnError,
+    ConfigError,
+    PlacementError,
+    WorkerError,
+    in_one_line,
+)
 
 
-@pytest.mark.parametrize("name", errors.__all__)
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "in_one_line"])
 def test_every_error_can_be_caught_as_one_kind(name):
     assert issubclass(getattr(errors, name), ChatLearnError)
 
@@ -52,3 +58,9 @@ def test_a_workers_failure_survives_pickling():
     assert type(again) is WorkerError
     assert str(again) == str(error)
     assert vars(again) == vars(error)
+
+
+def test_what_an_error_says_fits_into_a_line():
+    assert in_one_line(ValueError("one\n\ttwo")) == "ValueError: one two"
+    assert in_one_line(ConfigError("one\ntwo")) == "one two"
+    assert len(in_one_line(ValueError("x" * 5000))) < 500

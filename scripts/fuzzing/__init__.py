@@ -1,0 +1,1 @@
+"""Damaged configs and checkpoint files, and what becomes of them."""
