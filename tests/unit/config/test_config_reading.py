@@ -52,6 +52,11 @@ def test_includes_must_be_a_list(write):
         load_config(write("run.yaml", "includes: base.yaml\n"))
 
 
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -61,11 +66,28 @@ def test_includes_must_be_a_list(write):
         ("runtime:\n  seed: 1\n  seed: 1\n", r"run.yaml:3: the key 'seed' occurs twice"),
         ("models:\n  ? [a]\n  : {}\n", r"run.yaml:2: the key \['a'\] is no plain value"),
         ("runtime: !!python/name:os.system\n", "could not determine a constructor"),
+        ("runtime: !!python/object/apply:os.mkdir [owned]\n", "could not determine a constructor"),
+        ("runtime: !!python/object/new:os.mkdir [owned]\n", "could not determine a constructor"),
+        ("runtime: !!binary eA==\n", "could not determine a constructor"),
+        ("runtime: {seed: 1}\0\n", "not valid YAML: unacceptable character"),
+        (f"runtime: {'[' * 500}\n", "nested too deeply"),
+        (f"runtime: {{seed: {'9' * 5000}}}\n", "a number cannot be read"),
+        ("models: &all {policy: *all}\n", "run.yaml:1: an alias stands within what it names"),
+        (BOMB, "more than 100000 entries, aliases written out"),
+        ('includes: ["a\\0b"]\n', "embedded null byte"),
+        ("includes: [/dev/zero]\n", "is longer than|not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_plain_mapping_is_refused(write, text, message):
+def test_a_file_that_is_no_plain_mapping_is_refused(write, tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         load_config(write("run.yaml", text))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_date_is_a_text(write):
+    path = write("run.yaml", "runtime: {exp_name: 2026-02-30}\n")
+    assert load_config(path).runtime.exp_name == "2026-02-30"
 
 
 def test_a_missing_file_is_named(tmp_path):
