@@ -8,6 +8,8 @@ environment variable. Here all three admit records, tensors and plain values onl
 
 from __future__ import annotations
 
+import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["describe_damage", "open_reader", "read_checkpoint"]
 
 _COMMON_FILE = "common.pt"
+_NAMED = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_checkpoint(folder: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +88,11 @@ def describe_damage(error: BaseException) -> str:
     for rank, failure in failures.items():
         cause = failure[0] if isinstance(failure, tuple) else failure
         return f"rank {rank}: {describe_damage(cause)}"
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own words are a page of advice on how to run it all the same.
+        named = _NAMED.search(str(error))
+        what = f" (it names {named[1]})" if named else ""
+        return f"damaged, or more than tensors and plain values{what}: do not trust it"
     return in_one_line(error)
 
 

@@ -1,6 +1,7 @@
 # pyright: standard, reportPrivateImportUsage=false
 """Saves and loads models in Megatron's distributed format, which loads at another layout."""
 
+import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,7 +168,7 @@ def has_checkpoint(folder: str) -> bool:
     Raises:
         CheckpointError: it does, and its metadata is damaged or no record.
     """
-    if not (Path(folder) / "metadata.json").is_file():
+    if not os.path.isfile(Path(folder) / "metadata.json"):
         return False
     check_metadata(folder)
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,5 +48,7 @@ def restore_generators(states: Mapping[str, Any]) -> None:
         torch.set_rng_state(states["torch"])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"the state of the random generators is damaged: {error}") from error
+    except Exception as error:  # each generator has errors of its own
+        raise CheckpointError(
+            f"the state of the random generators is damaged: {in_one_line(error)}"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,8 +40,8 @@ def read_prompts(
             prompt.
     """
     source = Path(path)
-    rows = _read_folder(source, split) if source.is_dir() else _read_file(source)
-    if split is not None and not source.is_dir():
+    rows = _read_folder(source, split) if os.path.isdir(source) else _read_file(source)
+    if split is not None and not os.path.isdir(source):
         raise DataError(f"{source} is a file and has no split: leave split={split!r} out")
     if not rows:
         raise DataError(f"prompt file {source} holds no prompt")
@@ -63,7 +64,7 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> di
 def _read_folder(folder: Path, split: str | None) -> list[dict[str, Any]]:
     if any((folder / name).is_file() for name in _SAVED_MARKS):
         return _read_saved(folder, split)
-    if split is not None and (folder / split).is_dir():
+    if split is not None and os.path.isdir(folder / split):
         return _read_folder(folder / split, None)
     if split is not None:
         raise DataError(f"{folder} has no split {split!r}: it holds no folder of that name")

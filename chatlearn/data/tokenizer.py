@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -187,7 +188,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
         DataError: there is no such file, or it holds no tokenizer.
         ConfigError: the template cannot be read, or a library is not installed.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         from chatlearn.data.huggingface_tokenizer import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(path, chat_template)
@@ -197,10 +198,10 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
 def find_tokenizer(folder: str | Path) -> str | None:
     """The tokenizer that lies in a model's folder, as `runtime.tokenizer` would name it."""
     files = ("tokenizer.json", "tokenizer_config.json")
-    if any((Path(folder) / file).is_file() for file in files):
+    if any(os.path.isfile(Path(folder) / file) for file in files):
         return str(folder)
     model = Path(folder) / "tokenizer.model"
-    return str(model) if model.is_file() else None
+    return str(model) if os.path.isfile(model) else None
 
 
 def check_prompt_length(num_tokens: int, max_length: int, name: str) -> None:
@@ -219,7 +220,7 @@ def check_prompt_length(num_tokens: int, max_length: int, name: str) -> None:
 def _load(path: str) -> Any:
     import sentencepiece
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise DataError(f"tokenizer file {path} does not exist")
     try:
         return sentencepiece.SentencePieceProcessor(model_file=path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,14 @@ def find_missing_files(config: Config, modules: Mapping[str, BaseModule]) -> tup
     return tuple(
         f"{key}: {path} is not there"
         for key, path in named
-        if path is not None and not any(Path(folder, path).exists() for folder in folders)
+        if path is not None and not any(os.path.exists(Path(folder, path)) for folder in folders)
     )
 
 
 def find_missing_data(key: str, sources: Sequence[str | DataSource] | None) -> tuple[str, ...]:
     """Which prompt files are not there; a line each, with the config's key."""
     paths = [source if isinstance(source, str) else source.path for source in sources or ()]
-    return tuple(f"{key}: {path} is not there" for path in paths if not Path(path).exists())
+    return tuple(f"{key}: {path} is not there" for path in paths if not os.path.exists(path))
 
 
 def _loads_from_disk(module: BaseModule) -> bool:

@@ -49,7 +49,9 @@ def build_engine(config: Config) -> Engine:
     if name in _BUILT_IN:
         return _build_built_in(name, config)
     build = load_object(name, "runtime.engine")
-    if not callable(build):
+    is_class = isinstance(build, type)
+    is_known = issubclass(build, Engine) if is_class else not inspect.isbuiltin(build)
+    if not callable(build) or not is_known:
         raise ConfigError(
             f"runtime.engine: {name} is a {type(build).__name__}; expected a function of the "
             "config that gives a chatlearn.Engine"

@@ -90,7 +90,7 @@ class BaseModule:
     def __init__(self, name: str, args: Mapping[str, Any] | None = None) -> None:
         if not isinstance(name, str) or not name.isidentifier():  # pyright: ignore[reportUnnecessaryIsInstance]
             raise FlowError(
-                f"got the model name {name!r}; expected an identifier such as 'policy': it is "
+                f"got the model name {name!r:.60}; expected an identifier such as 'policy': it is "
                 "a key of the config"
             )
         self.name = name

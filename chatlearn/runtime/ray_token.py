@@ -22,8 +22,8 @@ from chatlearn.errors import ConfigError
 __all__ = ["agree_on_token", "prepare_token", "read_token"]
 
 _MODE = "RAY_AUTH_MODE"
-_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - a name
-_TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - a name
+_TOKEN = "RAY_AUTH_TOKEN"
+_TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"
 _TOKEN_FILE_S = 30.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def open_source(folder: Path, like: Path | None = None) -> ModelSource:
     Raises:
         ChatLearnError: it is neither, or is damaged.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is no folder")
     if has_checkpoint(str(folder)):
         return _MegatronSource(folder, like)
@@ -145,14 +146,6 @@ def _find_dtype(shard: TensorShard) -> torch.dtype:
     return found
 
 
-def _is_file(path: Path) -> bool:
-    """Whether there is a file, also where a damaged record gives no name that can be."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def _read_lora(folder: Path, section: Mapping[str, Any]) -> LoraConfig:
     try:
         return LoraConfig.model_validate(section)
@@ -195,7 +188,7 @@ class _MegatronSource:
         else:
             record = read_model_file(folder)
             template = None if record.pretrained is None else Path(record.pretrained)
-            if template is not None and not _is_file(template / CONFIG_FILE):
+            if template is not None and not os.path.isfile(template / CONFIG_FILE):
                 template = None
             tokenizer = None if template is None else find_tokenizer(template)
             self.model = SourceModel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def read_peft_config(folder: str | Path) -> LoraConfig:
         ConfigError: no adapter there, or it has what is not built here; names file and entry.
     """
     path = Path(folder) / ADAPTER_CONFIG
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{folder} holds no {ADAPTER_CONFIG}: name a folder that peft has saved")
     try:
         values = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))

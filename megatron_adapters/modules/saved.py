@@ -1,5 +1,6 @@
 """SavedModule: what a Megatron model writes to checkpoints and reads from them."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ class SavedModule(PlannedModule):
 
     def load_checkpoint(self, folder: str) -> None:
         """Start from saved weights; a scalar head that the checkpoint lacks stays as it is."""
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             raise ConfigError(f"models.{self.name}.load: {folder} is no folder")
         skip: tuple[str, ...] = ()
         if self.head == "scalar" and checkpointing.lacks_scalar_head(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def read_config_file(folder: str | Path) -> ModelConfigFile:
         ConfigError: there is no such file, or it holds no JSON object.
     """
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(
             f"{folder} holds no {CONFIG_FILE}: name a folder in Hugging Face's format, as "
             "transformers' save_pretrained writes it"

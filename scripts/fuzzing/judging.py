@@ -149,7 +149,7 @@ def _serve(kind: str, build: Any, numbers: range, seed: int, folder: Path, end: 
         case = maker.make(random.Random(f"{seed}/{kind}/{number}"))
         verdict, text = _judge(case)
         if marker.exists():
-            marker.unlink()
+            marker.rmdir()
             verdict, text = "failed", "code from the file was run"
         end.send(Outcome(kind, number, verdict, case.description, text))
 

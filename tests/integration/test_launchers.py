@@ -20,11 +20,42 @@ LAUNCHERS = ["run_ray_cluster.sh", "run_torchrun.sh"]
 LIMIT_S = 100
 
 ENGINE = """
-import os, time
+import os, subprocess, sys, time
 import chatlearn
+
+CLIENT = '''
+import sys
+from ray._raylet import GcsClient
+try:
+    GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)
+except Exception as error:
+    print(type(error).__name__)
+'''
+
+def see_that_strangers_are_refused():
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    for extra in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}):
+        said = subprocess.check_output(
+            [sys.executable, "-c", CLIENT, address], env=kept | extra, text=True
+        )
+        assert said.strip() == "AuthenticationError", said
+
+def see_where_this_process_listens(host):
+    import psutil
+
+    found = psutil.Process().net_connections("tcp")
+    at = [connection.laddr.ip for connection in found if connection.status == "LISTEN"]
+    # Ray's own server is open; the store and the group of this rank are at the node's address.
+    assert sorted(at) == sorted(["::", host, host]) and host != "::", at
 
 class Where(chatlearn.BaseModule):
     def forward_step(self, data):
+        if self.args.get("is_watched"):
+            see_that_strangers_are_refused()
+            see_where_this_process_listens(self.context.host)
         assert "RANK" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
         if self.args.get("fails"):
             raise ValueError("this worker fails on purpose")
@@ -118,7 +149,7 @@ def workplace(tmp_path: Path) -> Workplace:
 def test_workers_run_on_both_nodes_and_all_leave_with_the_driver(
     workplace: Workplace, script: str
 ) -> None:
-    codes, outputs = workplace.run_nodes(script, "run.yaml")
+    codes, outputs = workplace.run_nodes(script, "run.yaml", "models.where.args.is_watched=true")
     assert codes == [0, 0], outputs
     assert "rows came from 2 nodes" in outputs[0]
     assert workplace.leftovers() == []

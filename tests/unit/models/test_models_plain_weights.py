@@ -1,5 +1,6 @@
 """Weights of a plain torch model by their state dict names."""
 
+import os
 import pickle
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +92,24 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         load_state(path, model, optimizer, CPU)
+
+
+class Attack:
+    def __reduce__(self):
+        return (os.mkdir, ("owned",))
+
+
+@pytest.mark.parametrize("content", ["pickle", "zip"])
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    if content == "zip":
+        torch.save({"model": Attack()}, "model.pt")
+    else:
+        (tmp_path / "model.pt").write_bytes(pickle.dumps(Attack(), protocol=2))
+    with pytest.raises(CheckpointError, match="damaged, or holds more than tensors and numbers"):
+        load_state(tmp_path / "model.pt", *build(0), CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
 def test_a_checkpoint_of_another_model_or_for_no_model_is_refused(tmp_path):
