@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.parallel.sockets import open_store
 from chatlearn.sync.digest import compute_digests
 from scripts.bench.sync_gather import FullParameter, is_whole, region_in_full
 
@@ -71,10 +72,7 @@ class _Store:
     """The store that the first rank hosts."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
-        import torch.distributed as dist
-
-        timeout = timedelta(seconds=timeout_s)
-        self.store = dist.TCPStore(host, 0, None, True, timeout, wait_for_workers=False)
+        self.store = open_store(host, timeout_s)
 
     def close(self) -> None:
         """Let go of the store."""
