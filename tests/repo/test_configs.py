@@ -37,6 +37,7 @@ def test_every_config_passes_the_check(path, monkeypatch, capsys, tmp_path):
         # Its model is the user's; the example makes one.
         make_model(tmp_path / "model")
         monkeypatch.setenv("MODEL_DIR", str(tmp_path / "model"))
+        capsys.readouterr()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     devices = RECIPES.get(path.name)
     arguments = ["--assume-devices", str(devices)] if devices else []
