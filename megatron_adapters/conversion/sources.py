@@ -95,7 +95,8 @@ def open_source(folder: Path, like: Path | None = None) -> ModelSource:
 def describe_parts(model: SourceModel) -> list[tuple[TensorShard, ...]]:
     """The shards of a model in parts of one layer each; nothing occurs twice."""
     fields = {**model.fields, "bf16": model.dtype == "bfloat16", "fp16": False}
-    layout = ParallelLayout(pp_size=int(fields["num_layers"]))
+    # Where it is missing, what reads the fields says so, and what else is.
+    layout = ParallelLayout(pp_size=int(fields.get("num_layers") or 1))
     seen: set[tuple[str, Any]] = set()
     parts: list[tuple[TensorShard, ...]] = []
     for shards in describe_layout(fields, layout, head=model.head):
