@@ -17,6 +17,7 @@ __all__ = ["find_contradictions"]
 _NO_ENV = dict(RuntimeEnvConfig())
 # More than any cluster has; a slip of the keyboard is named before it is planned.
 _MOST_RANKS = 100_000
+_LONGEST_NAME = 1000
 _UNEVEN = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -29,6 +30,7 @@ _UNEVEN = (
 def find_contradictions(config: Config) -> list[str]:
     """Every contradiction, one line each; empty where there is none."""
     problems = [line for name, model in config.models.items() for line in _check_model(name, model)]
+    problems.extend(_check_names(config))
     problems.extend(_check_batches(config.runtime))
     problems.extend(_check_colocation(config))
     problems.extend(_check_profile(config.runtime))
@@ -47,6 +49,17 @@ def find_contradictions(config: Config) -> list[str]:
             "runtime.backend: local the models live in this process: set it up before it starts"
         )
     return problems
+
+
+def _check_names(config: Config) -> Iterator[str]:
+    """Names of files and classes that no system takes."""
+    named = [("runtime", config.runtime), *((f"models.{n}", m) for n, m in config.models.items())]
+    for path, section in named:
+        for key in ("chat_template", "engine", "exp_name", "family", "load", "module", "output_dir",
+                    "pretrained", "resume", "tokenizer"):  # fmt: skip
+            value = getattr(section, key, None)
+            if isinstance(value, str) and len(value) > _LONGEST_NAME:
+                yield f"{path}.{key}: got {len(value)} characters, expected {_LONGEST_NAME} or less"
 
 
 def _check_model(name: str, model: ModelConfig) -> Iterator[str]:

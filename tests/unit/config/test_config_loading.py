@@ -97,6 +97,8 @@ def test_every_problem_is_named_at_once():
         (model(lr="fast"), "models.policy.lr: got 'fast' (str), expected float"),
         (model(bf16=1), "models.policy.bf16: got 1 (int), expected bool"),
         ({"runtime": 5}, "runtime: got 5 (int)"),
+        ({"runtime": {"output_dir": "x" * 1001}}, "output_dir: got 1001 characters, expected 1000"),
+        (model(num_layers=20_000), "models.policy.num_layers: got 20000, expected 10000 or less"),
         ({"models": ["policy"]}, "models: got ['policy'] (list)"),
     ],
 )
@@ -130,6 +132,11 @@ def test_a_value_of_the_wrong_kind_is_refused(content, line):
         (
             {"max_sequence_length": 64, "generation": {"max_new_tokens": 64}},
             "generation.max_new_tokens=64 leaves no room",
+        ),
+        ({"num_gpu": 200_000}, "a model has at most 100000 ranks"),
+        (
+            {"tensor_model_parallel_size": 1000, "context_parallel_size": 1000},
+            "TP x PP x CP = 1000 x 1 x 1000: a model has at most 100000 ranks",
         ),
         ({"num_device": 2, "num_gpu": 1}, "num_device is the old name of num_gpu, and they differ"),
     ],
