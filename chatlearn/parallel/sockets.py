@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["find_own_addresses", "keep_groups_at", "listen_at", "open_store"]
 
 _LOOPBACK = "127.0.0.1"
+_CHOSEN = "SOCKET_IFNAMES_OF_CHATLEARN"
 _LOOPBACK_NAMES = (_LOOPBACK, "localhost", "::1")
 # Any address outside: nothing is sent there.
 _OUTSIDE = ("8.8.8.8", 53)
@@ -82,9 +83,20 @@ def keep_groups_at(host: str) -> None:
     name = _interfaces().get(host)
     if name is None:
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    if ipaddress.ip_address(host).is_loopback:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+    is_loopback = ipaddress.ip_address(host).is_loopback
+    # What is inherited from a process that chose like this is not the user's choice.
+    chosen = os.environ.get(_CHOSEN, "").split(",")
+    wanted = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}" if is_loopback else ""}
+    ours: list[str] = []
+    for variable, value in wanted.items():
+        known = os.environ.get(variable)
+        if known is not None and f"{variable}={known}" not in chosen:
+            continue
+        os.environ.pop(variable, None)
+        if value:
+            os.environ[variable] = value
+            ours.append(f"{variable}={value}")
+    os.environ[_CHOSEN] = ",".join(ours)
 
 
 def find_own_addresses(host: str) -> tuple[str, ...]:

@@ -75,7 +75,8 @@ def test_a_group_listens_at_the_nodes_address_and_nowhere_else(host):
 
 
 def test_an_interface_that_the_user_chose_stays():
-    assert groups_of(own_addresses()[-1], GLOO_SOCKET_IFNAME="lo") == ["127.0.0.1"]
+    own = {"GLOO_SOCKET_IFNAME": "lo", "SOCKET_IFNAMES_OF_CHATLEARN": ""}
+    assert groups_of(own_addresses()[-1], **own) == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,18 @@ def test_a_machine_listens_where_others_call_it(monkeypatch, host, leads_to, exp
     monkeypatch.setattr(sockets, "_interfaces", lambda: {"127.0.0.1": "lo", "10.0.0.5": "eth0"})
     monkeypatch.setattr(sockets, "_outward_address", lambda: "10.0.0.5")
     assert sockets.find_own_addresses(host) == expected
+
+
+def test_what_an_earlier_process_chose_is_no_users_choice(monkeypatch):
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "SOCKET_IFNAMES_OF_CHATLEARN")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sockets, "_interfaces", lambda: {"127.0.0.1": "lo", "10.0.0.1": "eth0"})
+    sockets.keep_groups_at("127.0.0.1")
+    assert [os.environ.get(name) for name in names[:2]] == ["lo", "=lo"]
+    sockets.keep_groups_at("10.0.0.1")
+    assert [os.environ.get(name) for name in names[:2]] == ["eth0", None]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    sockets.keep_groups_at("127.0.0.1")
+    assert [os.environ.get(name) for name in names[:2]] == ["mine", "=lo"]
