@@ -3,6 +3,13 @@
 A message says what was got, what was expected and what to change.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = [
     "ChatLearnError",
     "CheckpointError",
@@ -59,9 +66,28 @@ class CheckpointError(ChatLearnError):
 
 
 class WaitTimeoutError(ChatLearnError):
-    """A bounded wait ran out."""
+    """A bounded wait ran out.
+
+    Args:
+        message: what was awaited, and for how long.
+        workers: summaries of those that were waited for, where known.
+        is_explained: the message tells what they were doing.
+    """
 
     is_retryable = True
+
+    def __init__(
+        self, message: str, workers: Sequence[Any] = (), *, is_explained: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.workers: tuple[Any, ...] = tuple(workers)
+        self.is_explained = is_explained
+
+    def explain(self, text: str) -> None:
+        """Add what the workers were doing."""
+        self.is_explained = True
+        if text:
+            self.args = (f"{self}\n{text}",)
 
 
 class WorkerError(ChatLearnError):

@@ -103,16 +103,34 @@ def train_batch(
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
+    biases = _selection_biases(state.chunks)
+    before = [bias.clone() for bias in biases]
     kept = run_forward_backward(state.chunks, batches, loss_function, state.groups)
     sums = _collect(kept, num_sums, state.groups)
     norm = _prepare_gradients(state.optimizer)
+    # The backward pass has moved them already, which is a part of the update.
+    after = [bias.clone() for bias in biases]
+    _put_back(biases, before)
     if not check(sums, norm):
         # As if the batch had not been there: weights, moments and schedule stay.
         return StepResult(sums, norm, learning_rate, is_skipped=True)
+    _put_back(biases, after)
     _clip_gradients(state.optimizer, norm)
     state.optimizer.step_with_ready_grads()
     state.scheduler.step(increment=1)
     return StepResult(sums, norm, learning_rate)
+
+
+def _selection_biases(chunks: Sequence[Any]) -> list[torch.Tensor]:
+    """What experts' routers add to scores for an even load; no parameter, but trained."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    found = [getattr(module, "expert_bias", None) for module in modules]
+    return [bias for bias in found if isinstance(bias, torch.Tensor)]
+
+
+def _put_back(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _prepare_gradients(optimizer: Any) -> float:

@@ -9,19 +9,23 @@ before every receipt of the one before is there.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.checkpoint.manifest import FileSum, sum_file
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
 __all__ = ["FileWriter", "await_receipts", "receipt_name", "write_aside"]
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _CLOSE_S = 60.0
@@ -40,9 +44,15 @@ def write_aside(path: Path, text: str) -> None:
 
 
 class FileWriter:
-    """Runs the jobs that write one worker's part of a checkpoint."""
+    """Runs the jobs that write one worker's part of a checkpoint.
 
-    def __init__(self) -> None:
+    Args:
+        patience_s: how long a save waits for the thread of the one before, which ends soon after
+            it has left its receipt.
+    """
+
+    def __init__(self, patience_s: float = 5.0) -> None:
+        self._patience_s = patience_s
         self._jobs: list[Callable[[], Iterable[Path] | None]] = []
         self._thread: threading.Thread | None = None
 
@@ -61,7 +71,7 @@ class FileWriter:
         Raises:
             CheckpointError: the jobs of an earlier call still run.
         """
-        self.wait(0.0)
+        self.wait()
         jobs, self._jobs = self._jobs, []
         if not is_async:
             self._write(root, receipt, jobs)
@@ -71,16 +81,24 @@ class FileWriter:
         )
         self._thread.start()
 
-    def wait(self, timeout_s: float) -> None:
-        """Until the thread has ended.
+    def run(self, root: Path) -> dict[str, list[Any]]:
+        """Run the jobs here; gives length and SHA-256 of each file, by its name under `root`.
+
+        What a job raises is raised here.
+        """
+        jobs, self._jobs = self._jobs, []
+        return _run_jobs(root, jobs)
+
+    def wait(self) -> None:
+        """Until the thread of the last save has ended.
 
         Raises:
-            CheckpointError: it has not within `timeout_s`.
+            CheckpointError: it has not within `patience_s`.
         """
         if self._thread is not None:
-            self._thread.join(timeout_s)
+            self._thread.join(self._patience_s)
             if self._thread.is_alive():
-                raise CheckpointError(f"a checkpoint is still being written after {timeout_s:g} s")
+                raise CheckpointError("an earlier checkpoint is still being written")
             self._thread = None
 
     def close(self) -> None:
@@ -93,16 +111,29 @@ class FileWriter:
     ) -> None:
         content: dict[str, Any] = {"error": "", "files": {}}
         try:
-            for job in jobs:
-                for path in job() or ():
-                    found = sum_file(path, is_synced=True)
-                    name = path.relative_to(root).as_posix()
-                    content["files"][name] = [found.num_bytes, found.sha256]
+            content["files"] = _run_jobs(root, jobs)
         except Exception as error:  # noqa: BLE001 - told to the driver, whatever it is
             content["error"] = f"{type(error).__name__}: {error}"
-        if receipt.parent.is_dir():
-            # Else the draft was given up.
+            logger.warning("%s cannot be written: %s", root, content["error"])
+        if not receipt.parent.is_dir():
+            # The draft was given up.
+            return
+        try:
             write_aside(receipt, json.dumps(content))
+        except OSError:
+            # A disk that takes no receipt still lets the folder go, which ends the wait for it.
+            shutil.rmtree(receipt.parent, ignore_errors=True)
+
+
+def _run_jobs(
+    root: Path, jobs: Sequence[Callable[[], Iterable[Path] | None]]
+) -> dict[str, list[Any]]:
+    files: dict[str, list[Any]] = {}
+    for job in jobs:
+        for path in job() or ():
+            found = sum_file(path, is_synced=True)
+            files[path.relative_to(root).as_posix()] = [found.num_bytes, found.sha256]
+    return files
 
 
 def await_receipts(
@@ -120,7 +151,8 @@ def await_receipts(
         is_given_up: asked between looks; True ends the wait.
 
     Raises:
-        CheckpointError: a worker could not write, the wait was given up, or not all came in time.
+        CheckpointError: a worker could not write, or the wait was given up.
+        WaitTimeoutError: not all came in time; names those that did not.
     """
     sums: dict[str, FileSum] = {}
     left = list(names)
@@ -137,8 +169,14 @@ def await_receipts(
             break
         if is_given_up():
             raise CheckpointError("the checkpoint was given up")
+        if not folder.is_dir():
+            raise CheckpointError(
+                "a worker could not even write why its files are not there: is the disk full?"
+            )
         if time.monotonic() > deadline:
             late = ", ".join(name.removesuffix(".json") for name in left[:8])
-            raise CheckpointError(f"these workers did not write their files in time: {late}")
+            raise WaitTimeoutError(
+                f"these workers did not write their files of a checkpoint in time: {late}"
+            )
         time.sleep(_POLL_S)
     return sums

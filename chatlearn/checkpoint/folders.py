@@ -35,6 +35,7 @@ __all__ = [
     "find_damage",
     "find_newest",
     "prune_checkpoints",
+    "remove_drafts",
 ]
 
 _NAME = re.compile(r"episode_(\d{6,})")
@@ -114,23 +115,43 @@ def find_checkpoints(checkpoints_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("episode_")))
 
 
-def prune_checkpoints(checkpoints_dir: Path, keep: int | None) -> list[Path]:
+def prune_checkpoints(
+    checkpoints_dir: Path, keep: int | None, verified: set[Path] | None = None
+) -> list[Path]:
     """Remove the oldest checkpoints beyond `keep`; gives those that were removed.
 
     Only checkpoints that are older than `keep` good ones go, so the newest good one stays
     whatever became of those after it.
+
+    Args:
+        checkpoints_dir: of the run.
+        keep: how many good ones stay; None: all.
+        verified: those that were read through before, of which only the lengths are looked at
+            again; those that are read through now are added.
     """
     if keep is None:
         return []
+    known: set[Path] = set() if verified is None else verified
     num_good = 0
     removed: list[Path] = []
     for path in reversed(find_checkpoints(checkpoints_dir)):
         if num_good >= keep:
             _remove(path)
+            known.discard(path)
             removed.append(path)
-        elif find_damage(path, is_quick=True) is None:
+        elif find_damage(path, is_quick=path in known) is None:
+            known.add(path)
             num_good += 1
+        else:
+            known.discard(path)
     return removed[::-1]
+
+
+def remove_drafts(checkpoints_dir: Path) -> None:
+    """Remove what was being written, or removed, when its writer ended."""
+    for kind in ("partial", "removed"):
+        for left in checkpoints_dir.glob(f".episode_*.{kind}"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -190,4 +211,9 @@ def _age(checkpoint: Path) -> tuple[float, str]:
     try:
         return read_run_state(checkpoint).created_s, checkpoint.name
     except CheckpointError:
+        pass
+    try:
         return checkpoint.stat().st_mtime, checkpoint.name
+    except OSError:
+        # Another run has removed it meanwhile.
+        return 0.0, checkpoint.name

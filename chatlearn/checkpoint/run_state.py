@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["STATE_FILE", "RunState", "read_run_state", "write_run_state"]
 
 STATE_FILE = "run_state.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class RunState:
             an undisturbed run would have done.
         trained: names of the trained models.
         stale: inference models whose weights were not those of their trainer, and are saved, too.
+        stale_versions: number of the weights of each of them.
         created_s: when, seconds since the epoch.
     """
 
@@ -47,6 +48,7 @@ class RunState:
     is_partial: bool = False
     trained: tuple[str, ...] = ()
     stale: tuple[str, ...] = ()
+    stale_versions: tuple[int, ...] = ()
     created_s: float = field(default=0.0, compare=False)
 
 
@@ -70,7 +72,10 @@ def read_run_state(checkpoint: Path) -> RunState:
         kinds = {each.name: str(each.type) for each in fields(RunState)}
         if set(content) != set(kinds):
             raise ValueError(f"expected the entries {', '.join(kinds)}")
-        return RunState(**{name: _read(name, kinds[name], content[name]) for name in kinds})
+        state = RunState(**{name: _read(name, kinds[name], content[name]) for name in kinds})
+        if len(state.stale) != len(state.stale_versions):
+            raise ValueError(f"expected a version for each of {len(state.stale)} stale models")
+        return state
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

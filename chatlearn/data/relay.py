@@ -90,8 +90,16 @@ class RelayStore:
 
     @property
     def episodes(self) -> tuple[EpisodeRelayBuffer, ...]:
-        """The kept episodes, oldest first; `restore` takes them back."""
-        return tuple(self._episodes)
+        """The kept episodes that the next one can still see, oldest first.
+
+        Their rows are copies of one level; `restore` takes them back.
+        """
+        kept = [e for e in self._episodes if e.episode_id >= self._offset]
+        if self._max_episodes >= 0:
+            kept = kept[len(kept) - min(len(kept), max(self._max_episodes, 1) - 1) :]
+        return tuple(
+            EpisodeRelayBuffer(e.episode_id, [dict(row) for row in e.buffer]) for e in kept
+        )
 
     def restore(self, episodes: Sequence[EpisodeRelayBuffer]) -> None:
         """Go on with these episodes."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
+from chatlearn.checkpoint.folders import remove_drafts
 from chatlearn.engine.recovery import ROLL_BACK, Recovery, RecoveryBudget
 from chatlearn.engine.resume import find_resume_point, read_history
 from chatlearn.engine.session import Session
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from chatlearn.engine.planning import RunPlan
     from chatlearn.engine.result import RunResult
     from chatlearn.engine.resume import ResumePoint
+    from chatlearn.engine.rollout import RolloutState
     from chatlearn.engine.run import Run
     from chatlearn.engine.run_log import RunLog
     from chatlearn.engine.sigterm import SigtermWatch
@@ -48,6 +49,7 @@ class Attempts:
         )
         self._start_s = time.monotonic()
         self._failure: tuple[Exception, float, int] | None = None
+        self._beginning: RolloutState | None = None
 
     def run(self, first: ResumePoint | None) -> RunResult:
         """Run to the end; every worker is gone when this returns or raises.
@@ -62,9 +64,11 @@ class Attempts:
                 try:
                     return self._try(backend, point)
                 except Exception as error:
+                    self._watch.heed(error)
                     if not self._budget.take(error):
                         raise
                     logger.warning("going back to the last checkpoint: %s", error)
+                self._watch.disarm()
                 point = self._go_back(first)
         finally:
             backend.close()
@@ -74,12 +78,12 @@ class Attempts:
 
         log = self._log
         log.progress.stage("starting workers")
-        self._watch.loop = None
         run: Run | None = None
         try:
             with Session.open(self._plan.config, self._plan, log.folder.path, backend) as session:
-                self._watch.loop = session.loop
+                self._watch.arm(session.loop)
                 run = Run(self._engine, session, log, point, self._budget)
+                self._reset(run, point)
                 run.on_ready = lambda: self._record(point)
                 return run.execute()
         except Exception as error:
@@ -87,11 +91,19 @@ class Attempts:
             self._failure = (error, time.monotonic(), done)
             raise
 
+    def _reset(self, run: Run, point: ResumePoint | None) -> None:
+        """Let a try without a checkpoint begin as the first did: the sample manager has gone on."""
+        if point is not None or run.rollout is None:
+            return
+        if self._beginning is None:
+            self._beginning = run.rollout.state
+        else:
+            run.rollout.restore(self._beginning)
+
     def _go_back(self, first: ResumePoint | None) -> ResumePoint | None:
         """The point to go on from: this run's last good checkpoint, else where it began."""
         folder = self._log.folder.checkpoints_dir
-        for draft in folder.glob(".*"):
-            shutil.rmtree(draft, ignore_errors=True)
+        remove_drafts(folder)
         trained = self._plan.flows.trainable
         found = find_resume_point([folder], trained)
         for note in found.notes[:-1]:

@@ -12,8 +12,8 @@ from chatlearn.data.rows import RowId
 from chatlearn.data.sampler import SamplerState
 from chatlearn.engine.checkpoints import CheckpointContent
 from chatlearn.engine.rollout import RolloutState
-from chatlearn.engine.worker_calls import load_model, load_worker, mark_start
-from chatlearn.errors import CheckpointError
+from chatlearn.engine.worker_calls import load_stale, load_trained, load_worker, mark_start
+from chatlearn.errors import ChatLearnError, CheckpointError, in_one_line
 from chatlearn.metrics.writers import format_history
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["EpisodeBoundary"]
 
 _RELAY_FILE = "relay.pt"
-_NOWHERE = SamplerState(0, ())
 
 
 class EpisodeBoundary:
@@ -37,66 +36,95 @@ class EpisodeBoundary:
         run: the loop.
 
     Attributes:
-        is_trained: the current episode's training and syncs are over.
+        is_trained: the current episode's training is over.
+        is_synced: and its syncs.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._start = RolloutState(_NOWHERE, ())
+        self._start: RolloutState | None = None
         self._start_updates = 0
-        self._saved_episode = -1
-        self.is_trained = False
+        # Metrics of the current episode, once it is over.
+        self._ended: Mapping[str, float] | None = None
+        # Where the run can be gone on from as if it had not ended, by episodes that are over.
+        self._exact: dict[int, Path] = {}
+        self.is_trained = self.is_synced = False
 
     def mark(self, rollout: Rollout) -> None:
         """An episode begins: remember where everything stands."""
         run = self._run
         self._start, self._start_updates = rollout.state, run.session.num_updates
-        self.is_trained = False
+        self._ended = None
+        self.is_trained = self.is_synced = False
         if run.session.plan.flows.trainable:
             run.session.call_all(mark_start)
+
+    def end(self, metrics: Mapping[str, float]) -> None:
+        """The episode is over, and counted; `metrics` are its own."""
+        self._ended = metrics
 
     def save(self, metrics: Mapping[str, float], *, is_async: bool) -> None:
         """Save the end of the episode that is over; `metrics` are its own."""
         run = self._run
         history = [*run.log.metrics.history, {"step": float(run.num_finished), **metrics}]
-        rollout = run.rollout.state if run.rollout is not None else self._start
-        self._save(self._state(rollout), rollout, history, is_async=is_async)
+        self._save_end(history, is_async=is_async)
+
+    def save_again(self) -> None:
+        """Save the end of the last episode, whose metrics are written already."""
+        self._save_end(self._run.log.metrics.history, is_async=False)
 
     def save_after_signal(self) -> str:
         """Save what can be saved when the run is told to stop; gives words for the message.
 
-        Before the episode's first update that is its beginning, from which a run goes on as if
-        nothing had happened. Later the episode cannot be repeated, since its trainers have gone
-        on; it then counts as over. In deterministic mode that is not saved beside an exact one.
+        An episode that is over is saved as ever. Before an episode's first update that is its
+        beginning, from which a run goes on as if nothing had happened. Later the episode cannot
+        be repeated, since its trainers have gone on; it then counts as over. In deterministic
+        mode that is not saved beside an exact one.
         """
         run = self._run
-        if not run.session.plan.flows.trainable or run.rollout is None:
+        if not run.session.plan.flows.trainable or run.rollout is None or self._start is None:
             return ""
         run.session.loop.interrupt = None
         run.session.loop.detach_all()
+        before = tuple(self._exact.values())
+        try:
+            saved = self._save_now(self._start, run.rollout)
+        except ChatLearnError as error:
+            return f"; nothing more could be saved: {in_one_line(error)}"
+        return f"; the last checkpoint is {saved}" if saved in before else f"; saved {saved}"
+
+    def _save_now(self, start: RolloutState, rollout: Rollout) -> Path:
+        run, now = self._run, self._run.num_finished
         run.checkpoints.finish()
-        is_start = run.session.num_updates == self._start_updates
-        has_this = is_start and self._saved_episode == run.num_finished
-        has_exact = run.runtime.deterministic and not is_start and self._saved_episode >= 0
-        if has_this or has_exact:
-            name = f"episode_{self._saved_episode:06d}"
-            return f"; the last checkpoint is {run.log.folder.checkpoints_dir / name}"
-        rollout = self._start if is_start else run.rollout.state
-        state = self._state(rollout)
-        if not is_start:
-            state = replace(state, episode=run.num_finished + 1, is_partial=not self.is_trained)
+        exact = {episode: path for episode, path in self._exact.items() if path.is_dir()}
         history = run.log.metrics.history
-        path = self._save(state, rollout, history, is_async=False, is_of_start=is_start)
-        return f"; saved {path}"
+        if self._ended is not None:
+            is_written = bool(history) and history[-1]["step"] == now
+            if not is_written:
+                run.log.write(now - 1, run.runtime.num_episode, self._ended)
+            if now not in exact:
+                self.save_again()
+            return self._exact[now]
+        is_start = run.session.num_updates == self._start_updates
+        if is_start and now in exact:
+            return exact[now]
+        if run.runtime.deterministic and exact and not is_start:
+            return exact[max(exact)]
+        if is_start:
+            return self._save(self._state(start), start, history, is_async=False, is_of_start=True)
+        return self._save(self._partial_state(rollout), rollout.state, history, is_async=False)
 
     def load_models(self, resume: ResumePoint) -> None:
         """Give trainers, and models that a sync left behind, what the checkpoint has."""
-        session = self._run.session
-        for name in (*resume.state.trained, *resume.state.stale):
+        session, state, syncs = self._run.session, resume.state, self._run.syncs
+        for name in state.trained:
             if name in session.groups:
-                is_trained = name in resume.state.trained
-                session.call_all(load_model, resume.checkpoint, is_trained, names=(name,))
-        self._run.syncs.version = max(0, resume.state.version - 1)
+                session.call_all(load_trained, resume.checkpoint, names=(name,))
+        for name, version in zip(state.stale, state.stale_versions, strict=True):
+            if name in session.groups:
+                session.call_all(load_stale, resume.checkpoint, version, names=(name,))
+                syncs.note_version(name, version)
+        syncs.version = max(0, state.version - 1)
 
     def restore(self, resume: ResumePoint, rollout: Rollout) -> None:
         """Put back everything else; call it last before the first episode."""
@@ -106,7 +134,8 @@ class EpisodeBoundary:
         kept, own = _read_relay(resume.checkpoint / _RELAY_FILE)
         sampler = SamplerState(state.num_drawn, state.positions)
         rollout.restore(RolloutState(sampler, state.lengths, kept, own))
-        self._start, self._saved_episode = rollout.state, -1
+        if not state.is_partial:
+            self._exact[state.episode] = resume.checkpoint
         found = run.session.call_all(load_worker, resume.checkpoint)
         new = [name for name, answers in found.items() if not all(answers)]
         if new:
@@ -123,6 +152,7 @@ class EpisodeBoundary:
     def _state(self, rollout: RolloutState) -> RunState:
         run = self._run
         trained = run.session.plan.flows.trainable
+        stale = tuple(name for name in run.syncs.stale if name not in trained)
         return RunState(
             episode=run.num_finished,
             train_iteration=run.train_iteration,
@@ -132,8 +162,37 @@ class EpisodeBoundary:
             seed=run.runtime.seed,
             version=run.syncs.version,
             trained=trained,
-            stale=tuple(name for name in run.syncs.stale if name not in trained),
+            stale=stale,
+            stale_versions=tuple(map(run.syncs.version_of, stale)),
         )
+
+    def _partial_state(self, rollout: Rollout) -> RunState:
+        """As if the episode were over: with its updates so far, and its syncs yet to come."""
+        run = self._run
+        state = self._state(rollout.state)
+        updates = 0 if self.is_trained else run.session.num_updates - self._start_updates
+        state = replace(
+            state,
+            episode=run.num_finished + 1,
+            train_iteration=run.train_iteration + updates,
+            is_partial=True,
+        )
+        if self.is_synced:
+            return state
+        # A run that goes on begins with a sync of all that are not stale.
+        left = [name for name in state.stale if not run.syncs.is_due(name, run.num_finished)]
+        return replace(
+            state,
+            version=state.version + 1,
+            stale=tuple(left),
+            stale_versions=tuple(map(run.syncs.version_of, left)),
+        )
+
+    def _save_end(self, history: list[dict[str, float]], *, is_async: bool) -> None:
+        rollout = self._run.rollout
+        state = rollout.state if rollout is not None else self._start
+        if state is not None:
+            self._save(self._state(state), state, history, is_async=is_async)
 
     def _save(
         self,
@@ -154,7 +213,8 @@ class EpisodeBoundary:
         metrics = format_history(history)
         content = CheckpointContent(state, metrics, write_extra, is_of_start)
         path = self._run.checkpoints.save(content, is_async=is_async)
-        self._saved_episode = state.episode
+        if not state.is_partial:
+            self._exact[state.episode] = path
         return path
 
 

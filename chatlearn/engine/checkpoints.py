@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import threading
@@ -18,9 +19,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatlearn.checkpoint.background import await_receipts, receipt_name
-from chatlearn.checkpoint.folders import CheckpointDraft, begin_checkpoint, prune_checkpoints
+from chatlearn.checkpoint.folders import (
+    CheckpointDraft,
+    begin_checkpoint,
+    prune_checkpoints,
+    remove_drafts,
+)
 from chatlearn.engine.worker_calls import SaveOrder, save_worker
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import ChatLearnError, CheckpointError, WorkerError, in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,9 +34,14 @@ if TYPE_CHECKING:
 
     from chatlearn.checkpoint.run_state import RunState
     from chatlearn.engine.session import Session
+    from chatlearn.runtime.contract import WorkerGroup
 
 __all__ = ["CheckpointContent", "Checkpoints"]
 
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+_COMMIT_S = 60.0
 _PACKAGES = ("chatlearn", "torch", "megatron-core", "ray", "transformer-engine", "numpy")
 
 
@@ -57,6 +68,9 @@ class Checkpoints:
     Args:
         session: the run.
         folder: where they go.
+
+    Attributes:
+        is_lost: the last one is not there, since a worker was replaced while it was written.
     """
 
     def __init__(self, session: Session, folder: Path) -> None:
@@ -66,14 +80,22 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._is_given_up = threading.Event()
+        self._draft: CheckpointDraft | None = None
+        self._replaced = ""
+        self._verified: set[Path] = set()
+        self.is_lost = False
+        session.on_restart.append(self._lose)
 
     def save(self, content: CheckpointContent, *, is_async: bool) -> Path:
         """Begin a checkpoint, and where it is not asynchronous finish it; gives its folder to be.
 
         Raises:
             CheckpointError: this or the one before cannot be written.
+            WorkerError: a worker died while one was written, and was not replaced.
+            WaitTimeoutError: one was not written in time.
         """
         self.finish()
+        self.is_lost = False
         draft = begin_checkpoint(self._folder, content.state.episode)
         try:
             (draft.folder / "metrics.jsonl").write_text(content.metrics, encoding="utf-8")
@@ -89,6 +111,7 @@ class Checkpoints:
             draft.discard()
             raise
         self._is_given_up.clear()
+        self._draft, self._replaced = draft, ""
         state = replace(content.state, created_s=time.time())
         self._thread = threading.Thread(
             target=self._commit, args=(draft, state), name="checkpoint", daemon=True
@@ -107,17 +130,46 @@ class Checkpoints:
         """Wait until the last checkpoint is there.
 
         Raises:
-            CheckpointError: it cannot be written, or not in time.
+            CheckpointError: it cannot be written.
+            WorkerError: a worker died meanwhile, and was not replaced.
+            WaitTimeoutError: it was not written in time.
         """
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join(self._runtime.stage_timeout_s + 60.0)
-            if thread.is_alive():
-                self._is_given_up.set()
-                raise CheckpointError("the checkpoint is still being written; it is given up")
+        if self._thread is not None:
+            self._await(self._thread)
+            self._thread = None
         error, self._error = self._error, None
-        if error is not None:
+        if error is None:
+            return
+        if not self._replaced:
             raise error
+        self.is_lost = True
+        logger.warning(
+            "a checkpoint was given up, since %s was replaced while it was written", self._replaced
+        )
+
+    def _await(self, thread: threading.Thread) -> None:
+        """Until the thread has ended; a worker that dies meanwhile is replaced or raised."""
+        deadline = time.monotonic() + self._runtime.stage_timeout_s + _COMMIT_S
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            try:
+                self._session.backend.check()
+            except WorkerError as error:
+                if not self._session.loop.recover(error):
+                    raise
+            if time.monotonic() > deadline:
+                self._is_given_up.set()
+                self._thread = None
+                raise CheckpointError("the checkpoint is still being written; it is given up")
+
+    def _lose(self, group: WorkerGroup) -> None:
+        """A replica was replaced: what it had yet to write will not come."""
+        if self._thread is None or self._draft is None:
+            return
+        names = [receipt_name(w.model_name, w.replica, w.rank) for w in group.workers]
+        if not all((self._draft.receipts / name).is_file() for name in names):
+            self._replaced = f"{group.model_name}.r{group.replica}"
+            self._is_given_up.set()
 
     def give_up(self) -> None:
         """End without the checkpoint that is being written, if there is one."""
@@ -160,14 +212,19 @@ class Checkpoints:
         try:
             sums = await_receipts(draft.receipts, names, deadline, self._is_given_up.is_set)
             draft.commit(state, sums)
-            prune_checkpoints(self._folder, self._runtime.save_total_limit)
         except Exception as error:  # noqa: BLE001 - raised by `finish` in the run's thread
             draft.discard()
             self._error = (
                 error
-                if isinstance(error, CheckpointError)
+                if isinstance(error, ChatLearnError)
                 else CheckpointError(f"{draft.final} cannot be written: {error}")
             )
+            return
+        try:
+            remove_drafts(self._folder)
+            prune_checkpoints(self._folder, self._runtime.save_total_limit, self._verified)
+        except Exception as error:  # noqa: BLE001 - the new checkpoint is there
+            logger.warning("old checkpoints cannot be removed: %s", in_one_line(error))
 
 
 def _read_versions() -> dict[str, str]:

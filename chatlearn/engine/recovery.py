@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from chatlearn.errors import ChatLearnError
+from chatlearn.errors import ChatLearnError, PlacementError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +120,11 @@ class ReplicaRecovery:
         self._is_recovering = False
 
     def recover(self, error: WorkerError) -> bool:
-        """Replace the replica whose worker failed; False where the run has to go back instead."""
+        """Replace the replica whose worker failed; False where the run has to go back instead.
+
+        Raises:
+            ChatLearnError: the program failed meanwhile.
+        """
         group = self._find_group(error)
         if group is None or self._is_recovering or not self._budget.take(error):
             return False
@@ -134,10 +138,14 @@ class ReplicaRecovery:
         self._is_recovering = True
         self._session.pool.hold(group)
         try:
-            self._session.backend.restart(group.model_name, group.replica)
-            self._session.set_up_again(group)
-            self._syncs.refresh(group, source)
+            with loop.uninterrupted():
+                self._session.backend.restart(group.model_name, group.replica)
+                self._session.set_up_again(group)
+                self._syncs.refresh(group, source)
         except ChatLearnError as failure:
+            if not failure.is_retryable and not isinstance(failure, PlacementError):
+                # What a program raises is not tried again.
+                raise
             logger.warning("%s.r%d: %s", group.model_name, group.replica, failure)
             self._budget.give_back()
             return False

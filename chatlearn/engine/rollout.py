@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.data.balance import measure_loads
+from chatlearn.data.copying import copy_value
 from chatlearn.data.relay import EpisodeRelayBuffer, RelaySampleManager, RelayStore, identify_rows
 from chatlearn.data.rows import NamedInput, RowBatch, RowId, join_inputs
 from chatlearn.data.sampler import PromptSampler, SamplerState, expand_samples
@@ -88,7 +89,10 @@ class Rollout:
     def state(self) -> RolloutState:
         """Where data order and sample manager stand; `restore` takes it back."""
         manager = self._manager
-        own: Mapping[str, Any] = manager.state() if isinstance(manager, RelaySampleManager) else {}
+        own: Mapping[str, Any] = {}
+        if isinstance(manager, RelaySampleManager):
+            # It goes on changing what it keeps.
+            own = copy_value(dict(manager.state()))
         return RolloutState(
             self._sampler.state, tuple(self._prompts.lengths), self._relay.episodes, own
         )

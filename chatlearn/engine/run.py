@@ -23,7 +23,7 @@ from chatlearn.engine.run_log import RunLog
 from chatlearn.engine.sigterm import SigtermWatch, Terminated
 from chatlearn.engine.syncs import WeightSyncs
 from chatlearn.engine.training import train_on_samples
-from chatlearn.errors import ConfigError, DataError
+from chatlearn.errors import ConfigError, DataError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -110,6 +110,11 @@ class Run:
         try:
             self._run_episodes()
             self.checkpoints.finish()
+            if self.checkpoints.is_lost:
+                self.boundary.save_again()
+        except WaitTimeoutError as error:
+            self.session.explain(error)
+            raise
         except Terminated as stop:
             raise Terminated(f"{stop}{self.boundary.save_after_signal()}") from None
         finally:
@@ -160,17 +165,19 @@ class Run:
         else:
             records = train_on_samples(self.session, rollout, samples, self.train_iteration)
             self.train_iteration += records.num_batches
+            self.boundary.is_trained = True
             metrics.update(summarize_records(records.records, "train"))
             self._add_calls(records.records)
         rollout.finish()
         metrics.update(rollout.metrics())
         self._add_calls(rollout.records)
         metrics.update(self.syncs.synchronize(episode))
-        self.boundary.is_trained = True
+        self.boundary.is_synced = True
         if self._is_evaluated(episode):
             metrics.update(self._evaluate(episode + 1))
         metrics.update(average_workers(self.session.finish_episode(), "episode"))
         self.num_finished = episode + 1
+        self.boundary.end(metrics)
         metrics.update(self._save(metrics))
         metrics["time/episode"] = time.monotonic() - start_s
         metrics.update(self.overhead.finish(time.time()))
@@ -216,7 +223,8 @@ class Run:
         """Save the episode that has just ended, if it is its turn; its metrics go along."""
         self.checkpoints.check()
         interval = self.runtime.save_episode_interval
-        if interval is None or self.num_finished % interval:
+        is_turn = interval is not None and self.num_finished % interval == 0
+        if not is_turn and not self.checkpoints.is_lost:
             return {}
         start_s = time.time()
         self.log.progress.stage("saving")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from chatlearn.data.balance import Limits
 from chatlearn.engine.worker_calls import ModuleInfo, finish_episode, set_up_module, start_episode
+from chatlearn.errors import WaitTimeoutError
 from chatlearn.flow.call_loop import CallLoop
 from chatlearn.flow.execute import FlowSettings
 from chatlearn.flow.lanes import LanePool
@@ -61,6 +62,10 @@ class Session:
             pool = LanePool(groups, runtime.colocation_groups)
             session = cls(config, plan, run_dir, backend, groups, loop, pool, {})
             session.infos = session._set_up_modules()
+        except WaitTimeoutError as error:
+            error.explain(backend.explain(error.workers))
+            backend.stop()
+            raise
         except BaseException:
             backend.stop()
             raise
@@ -104,6 +109,11 @@ class Session:
             name: [self.backend.fetch(call, timeout_s) for call in batch]
             for name, batch in calls.items()
         }
+
+    def explain(self, error: WaitTimeoutError) -> None:
+        """Let an error say what every worker does at this moment, unless it does."""
+        if not error.is_explained:
+            error.explain(self.backend.explain(error.workers))
 
     def flow_settings(self, iteration: int = 0, num_batches: int = 1) -> FlowSettings:
         """How the config wants flows to be cut into calls."""

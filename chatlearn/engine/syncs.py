@@ -59,6 +59,8 @@ class WeightSyncs:
         self._pairs = session.plan.flows.syncs
         # For each destination: updates that its weights have seen; absent: not its trainer's.
         self._delivered: dict[str, int] = {}
+        # And the number of its weights.
+        self._versions: dict[str, int] = {}
         # A pair whose workers were replaced has none until its next sync.
         self._synchronizers: dict[Pair, WeightSynchronizer] = {}
         for pair in self._pairs:
@@ -74,17 +76,29 @@ class WeightSyncs:
         metrics: dict[str, float] = {}
         for pair in self._pairs:
             destination = pair[1]
-            frequency = self._session.config.model(destination).sync_frequency
-            if destination in keep or not synced_in_episode(episode, frequency):
+            if destination in keep or not self.is_due(destination, episode):
                 continue
             self._on_start(destination)
             report = self._synchronizer(pair).sync(self.version)
             self._delivered[destination] = self._session.num_updates
+            self._versions[destination] = self.version
             metrics[f"sync/{destination}/seconds"] = report.seconds
             metrics[f"sync/{destination}/bytes"] = float(report.num_bytes)
             self._on_sync(pair, report)
         self.version += 1
         return metrics
+
+    def is_due(self, destination: str, episode: int | None) -> bool:
+        """Whether a destination gets new weights when an episode ends; None: at the start."""
+        return synced_in_episode(episode, self._session.config.model(destination).sync_frequency)
+
+    def version_of(self, destination: str) -> int:
+        """Number of the weights that a destination has."""
+        return self._versions.get(destination, 0)
+
+    def note_version(self, destination: str, version: int) -> None:
+        """A destination's weights did not come from a sync, but from a checkpoint."""
+        self._versions[destination] = version
 
     @property
     def stale(self) -> tuple[str, ...]:
@@ -126,7 +140,7 @@ class WeightSyncs:
             return
         naming = self._session.plan.flows.modules[source.groups[0].model_name].weight_naming
         namings = (naming, self._namings(pair)[1])
-        self._build(source.groups, [group], namings).sync(max(0, self.version - 1))
+        self._build(source.groups, [group], namings).sync(self.version_of(group.model_name))
 
     def _synchronizer(self, pair: Pair) -> WeightSynchronizer:
         found = self._synchronizers.get(pair)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.checkpoint.background import FileWriter, receipt_name
 from chatlearn.checkpoint.plain_values import load_plain, save_plain
 from chatlearn.data.balance import RowLoad, measure_loads
+from chatlearn.data.copying import copy_value
 from chatlearn.data.rows import RowBatch, RowId
 from chatlearn.errors import CheckpointError, DataError
 
@@ -26,8 +28,9 @@ __all__ = [
     "SaveOrder",
     "build_datasets",
     "finish_episode",
-    "load_model",
     "load_rows",
+    "load_stale",
+    "load_trained",
     "load_worker",
     "mark_start",
     "save_worker",
@@ -52,7 +55,7 @@ class SaveOrder:
         iteration: global batches trained on.
         saves_model: the model, too, and not only what is the worker's own.
         is_async: write beside the run's work.
-        is_of_start: random generators as they were when the episode began.
+        is_of_start: what is the worker's own as it was when the episode began.
     """
 
     draft: Path
@@ -173,28 +176,29 @@ def save_worker(context: WorkerContext, order: SaveOrder) -> None:
     """
     module = context.module
     writer = context.keep("checkpoint files", FileWriter)
-    writer.wait(0.0)
+    writer.wait()
     if order.saves_model:
         folder = order.draft / "models" / context.model_name
-        module.save_with(writer, folder, order.iteration)
-    generators = context.keep("generators", lambda: _Generators(module)).at_start
-    state = {
-        "generators": generators if order.is_of_start else module.read_generators(),
-        "module": module.worker_state(),
-    }
+        module.save_with(writer, folder, order.iteration, is_beside=order.is_async)
+    state = _OwnState(module)
+    if order.is_of_start:
+        state = context.keep("own state", lambda: _OwnState(module))
     where = f"{context.model_name}.worker_state()"
-    save_plain(order.draft / _worker_file(context), state, where)
+    content = {"generators": state.generators, "module": state.module}
+    save_plain(order.draft / _worker_file(context), content, where)
     name = receipt_name(context.model_name, context.replica, context.rank)
     writer.start(order.draft, order.draft / ".receipts" / name, is_async=order.is_async)
 
 
-def load_model(context: WorkerContext, checkpoint: Path, is_trained: bool) -> None:
-    """Take the model's weights from a checkpoint; a trained one's with its optimizer."""
-    folder = str(checkpoint / "models" / context.model_name)
-    if is_trained:
-        context.module.resume_checkpoint(folder)
-    else:
-        context.module.load_checkpoint(folder)
+def load_trained(context: WorkerContext, checkpoint: Path) -> None:
+    """Take a trained model's weights from a checkpoint, with its optimizer."""
+    context.module.resume_checkpoint(_model_folder(checkpoint, context))
+
+
+def load_stale(context: WorkerContext, checkpoint: Path, version: int) -> None:
+    """Take weights from a checkpoint that are older than the trainer's; `version`: their number."""
+    context.module.load_checkpoint(_model_folder(checkpoint, context))
+    context.module.after_weight_sync(version)
 
 
 def load_worker(context: WorkerContext, checkpoint: Path) -> bool:
@@ -212,20 +216,28 @@ def load_worker(context: WorkerContext, checkpoint: Path) -> bool:
     return True
 
 
-class _Generators:
-    """The random generators of a worker as of the beginning of the episode."""
+class _OwnState:
+    """What belongs to a worker alone, as it is now: its random generators, and what it adds."""
 
     def __init__(self, module: BaseModule) -> None:
-        self.at_start = module.read_generators()
+        self.generators = module.read_generators()
+        self.module = module.worker_state()
+        # What cannot be copied cannot be saved either: that says which entry it is.
+        with suppress(TypeError):
+            self.module = copy_value(self.module)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
 def mark_start(context: WorkerContext) -> None:
-    """Remember the random generators, for a checkpoint that leaves this episode out."""
-    context.drop("generators")
-    context.keep("generators", lambda: _Generators(context.module))
+    """Remember what is the worker's own, for a checkpoint that leaves this episode out."""
+    context.drop("own state")
+    context.keep("own state", lambda: _OwnState(context.module))
+
+
+def _model_folder(checkpoint: Path, context: WorkerContext) -> str:
+    return str(checkpoint / "models" / context.model_name)
 
 
 def _worker_file(context: WorkerContext) -> str:

@@ -7,13 +7,14 @@ wait has a bound.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from chatlearn.errors import FlowError, WaitTimeoutError, WorkerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from chatlearn.runtime.contract import Backend, PendingCall
 
@@ -71,6 +72,7 @@ class CallLoop:
         self.stage_timeout_s = stage_timeout_s
         self.interrupt: Callable[[], None] | None = None
         self.recover: Callable[[WorkerError], bool] = lambda _error: False
+        self._is_held = False
         self._poll_s = min(_POLL_S, stage_timeout_s)
         self._checked_s = time.monotonic()
         self._pumps: list[Pump] = []
@@ -117,7 +119,7 @@ class CallLoop:
             FlowError: nothing runs and nothing can be dispatched.
         """
         while not is_done():
-            if self.interrupt is not None:
+            if self.interrupt is not None and not self._is_held:
                 self.interrupt()
             for pump in tuple(self._pumps):
                 pump.pump()
@@ -126,6 +128,15 @@ class CallLoop:
             if not self._open:
                 raise FlowError("the flow stalls: no call runs and none can be dispatched")
             self._wait()
+
+    @contextmanager
+    def uninterrupted(self) -> Generator[None]:
+        """Within this `interrupt` is not called, so that nothing is left half done."""
+        before, self._is_held = self._is_held, True
+        try:
+            yield
+        finally:
+            self._is_held = before
 
     def needs(self, model_name: str) -> bool:
         """Whether a flow that is attached still needs a model."""
@@ -184,10 +195,9 @@ class CallLoop:
             if now - batch.started_s > self.stage_timeout_s
         }
         if late:
-            state = self.backend.explain(tuple(late))
             raise WaitTimeoutError(
                 f"stages outlasted runtime.stage_timeout_s={self.stage_timeout_s:g}: "
                 + "; ".join(list(late.values())[:8])
-                + ". Raise the limit if the stage is just slow."
-                + (f"\n{state}" if state else "")
+                + ". Raise the limit if the stage is just slow.",
+                tuple(late),
             )

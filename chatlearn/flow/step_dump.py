@@ -11,35 +11,25 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from chatlearn.checkpoint.background import FileWriter, receipt_name
+from chatlearn.checkpoint.background import FileWriter
 from chatlearn.checkpoint.plain_values import save_plain
-from chatlearn.errors import ChatLearnError
+from chatlearn.errors import ChatLearnError, in_one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from chatlearn.flow.stage import TrainCall
     from chatlearn.models.faults import NumericFault
     from chatlearn.parallel.context import WorkerContext
 
-__all__ = ["RECORD_FILE", "DumpCounter", "dump_step"]
+__all__ = ["RECORD_FILE", "dump_step"]
 
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "step.json"
-
-
-@dataclass
-class DumpCounter:
-    """How many steps a worker has dumped; equal on every rank of a model."""
-
-    count: int = 0
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def dump_step(
@@ -53,6 +43,10 @@ def dump_step(
 ) -> Path | None:
     """Write a step down; every rank of the model calls it at the same point.
 
+    Nothing is written beside the run's work: the run may be about to end, and a checkpoint that
+    is being written has the use of the copies. What goes wrong on one rank, all ranks hear of
+    before the next step that needs them all.
+
     Args:
         context: of the worker.
         call: the step.
@@ -65,27 +59,47 @@ def dump_step(
         The dump's folder; None where there are enough of them, or it cannot be written.
     """
     guards = context.module.runtime_args.guards
-    counter = context.keep("dumps", DumpCounter)
-    if not guards.dump or counter.count >= guards.max_dumps:
+    if not guards.dump:
         return None
-    counter.count += 1
-    folder = context.module.run_dir / "dumps" / f"{context.model_name}-{counter.count}"
+    dumps = context.module.run_dir / "dumps"
+    number = 1 + int(_largest(context, _find_last(dumps, context)))
+    if number > guards.max_dumps:
+        return None
+    folder = dumps / f"{context.model_name}-{number}"
     draft = folder.with_name(f".{folder.name}.partial")
+    parts: tuple[Callable[[], None], ...] = (
+        lambda: _write_rows(context, draft, call, micro_batches, generators),
+        lambda: _write_model(context, draft, call.iteration),
+        lambda: _finish(context, draft, folder, call, fault, is_before_update=is_before_update),
+    )
+    if all(_succeeds_everywhere(context, draft, part) for part in parts):
+        return folder
+    return None
+
+
+def _succeeds_everywhere(context: WorkerContext, draft: Path, part: Callable[[], None]) -> bool:
+    """Do a part of the dump; False on every rank where it failed on one of them."""
+    has_failed = False
     try:
-        _write(context, draft, call, micro_batches, generators)
-        if context.rank == 0:
-            _write_record(context, draft, call, fault, is_before_update=is_before_update)
-        _wait_for_all(context)
-        if context.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(draft, folder)
-    except (OSError, ChatLearnError) as error:
-        logger.warning("the step cannot be dumped: %s", error)
-        return None
-    return folder
+        part()
+    except Exception as error:  # noqa: BLE001 - a dump that fails must not be what ends the run
+        logger.warning("the step cannot be dumped: %s", in_one_line(error))
+        # Also tells a rank that waits for files of this one.
+        shutil.rmtree(draft, ignore_errors=True)
+        has_failed = True
+    return not _largest(context, float(has_failed))
 
 
-def _write(
+def _find_last(dumps: Path, context: WorkerContext) -> int:
+    """The highest number of a dump of this model that is there, from an earlier try, too."""
+    if context.rank == 0:
+        for draft in dumps.glob(f".{context.model_name}-*.partial"):
+            shutil.rmtree(draft, ignore_errors=True)
+    names = [path.name.removeprefix(f"{context.model_name}-") for path in dumps.glob("*-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _write_rows(
     context: WorkerContext,
     draft: Path,
     call: TrainCall,
@@ -94,22 +108,36 @@ def _write(
 ) -> None:
     draft.mkdir(parents=True, exist_ok=True)
     at = context.layout.coordinates(context.rank)
-    if context.layout.output_rank(at.dp_rank) == context.rank:
-        row_ids = [[tuple(row_id) for row_id in ids] for ids in call.micro_batches]
-        content = {
-            "row_ids": row_ids,
-            "micro_batches": micro_batches,
-            "step_state": dict(context.module.step_state(call.micro_batches)),
-            "generators": generators,
-        }
-        where = f"the rows of {context.model_name}"
-        save_plain(draft / f"rows.{at.dp_rank}.pt", content, where)
+    if context.layout.output_rank(at.dp_rank) != context.rank:
+        return
+    content = {
+        "row_ids": [[tuple(row_id) for row_id in ids] for ids in call.micro_batches],
+        "micro_batches": micro_batches,
+        "step_state": dict(context.module.step_state(call.micro_batches)),
+        "generators": generators,
+    }
+    save_plain(draft / f"rows.{at.dp_rank}.pt", content, f"the rows of {context.model_name}")
+
+
+def _write_model(context: WorkerContext, draft: Path, iteration: int) -> None:
     writer = FileWriter()
-    context.module.save_with(writer, draft / "model", call.iteration)
-    receipts = draft / ".receipts"
-    receipts.mkdir(exist_ok=True)
-    name = receipt_name(context.model_name, context.replica, context.rank)
-    writer.start(draft, receipts / name, is_async=False)
+    context.module.save_with(writer, draft / "model", iteration, is_beside=False)
+    writer.run(draft)
+
+
+def _finish(
+    context: WorkerContext,
+    draft: Path,
+    folder: Path,
+    call: TrainCall,
+    fault: NumericFault,
+    *,
+    is_before_update: bool,
+) -> None:
+    """Add the record and show the dump; rank 0's part."""
+    if context.rank == 0:
+        _write_record(context, draft, call, fault, is_before_update=is_before_update)
+        os.replace(draft, folder)
 
 
 def _write_record(
@@ -141,9 +169,14 @@ def _write_record(
     shutil.copyfile(context.module.run_dir / "config.yaml", draft / "config.yaml")
 
 
-def _wait_for_all(context: WorkerContext) -> None:
-    if context.layout.world_size > 1:
-        import torch.distributed
+def _largest(context: WorkerContext, number: float) -> float:
+    """The largest of a number that each rank of the replica has."""
+    if context.layout.world_size == 1:
+        return number
+    import torch
+    import torch.distributed
 
-        distributed: Any = torch.distributed
-        distributed.barrier()
+    distributed: Any = torch.distributed
+    found = torch.tensor([number], dtype=torch.float64, device=context.device)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return float(found.item())

@@ -71,6 +71,7 @@ class BaseModule:
         args: options of the user's own, given to the constructor.
         model: a torch module, once `setup` has built one.
         optimizer: a torch optimizer, if the module trains.
+        scheduler: its learning rate schedule, if there is one; the module steps it.
         row_ids: during a call, the ids of its rows (in `train_step`: a list for each
             micro-batch; in `prepare_episode`: a list of those for each global batch).
         iteration: during a call, how many of its kind came before.
@@ -97,6 +98,7 @@ class BaseModule:
         self.args = dict(args or {})
         self.model: Any = None
         self.optimizer: Any = None
+        self.scheduler: Any = None
         self.row_ids: Any = ()
         self.iteration = 0
         self.num_updates = 0
@@ -108,6 +110,7 @@ class BaseModule:
         self._checkpoint_dir: Path | None = None
         self.on_fault: Callable[[NumericFault], None] | None = None
         self._file_writer: FileWriter | None = None
+        self._is_beside = False
         self._faults: list[NumericFault] = []
         self._metrics: dict[str, float] = {}
 
@@ -160,16 +163,16 @@ class BaseModule:
     def save_checkpoint(self, iteration: int) -> None:
         """Save the model under `self.checkpoint_dir`; every rank calls it.
 
-        The default saves `self.model` and `self.optimizer` by their state dicts, one file for
-        each rank of the first data-parallel copy; a module without a model saves nothing. What
-        writes for long can do so in a job of `write_files`, while the run goes on.
+        The default saves `self.model`, `self.optimizer` and `self.scheduler` by their state dicts,
+        one file for each rank of the first data-parallel copy; a module without a model saves
+        nothing. What writes for long can do so in a job of `write_files`, while the run goes on.
 
         Args:
             iteration: global batches trained on so far.
         """
         if self.model is not None and self.data_parallel_rank == 0:
             path = self.checkpoint_dir / state_file_name(self.layout, self.rank)
-            state = read_state(self.model, self.optimizer, iteration)
+            state = read_state(self.model, self.optimizer, iteration, self._schedule)
             if self.writes_beside:
                 state = copy_value(state)
             self.write_files(lambda: [write_state(path, state)])
@@ -304,7 +307,8 @@ class BaseModule:
 
         It runs once `save_checkpoint` has returned, beside the run's work where
         `runtime.async_save` is true, so it must not read what training changes
-        (`self.writes_beside` says so). Outside a save it runs at once.
+        (`self.writes_beside` says so), nor `self.checkpoint_dir`, which another save may have set
+        by then. Outside a save it runs at once.
 
         Args:
             job: writes, and may give the files' paths, which are then read for their checksums
@@ -318,7 +322,7 @@ class BaseModule:
     @property
     def writes_beside(self) -> bool:
         """Whether jobs of `write_files` run while training goes on."""
-        return self._file_writer is not None and self.runtime_args.async_save
+        return self._file_writer is not None and self._is_beside
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Report numbers; the driver averages them over calls, weighted by rows."""
@@ -326,14 +330,23 @@ class BaseModule:
 
     # What the framework calls; a backend such as the Megatron module overrides some.
 
-    def save_with(self, writer: FileWriter, folder: Path, iteration: int) -> None:
-        """Call `save_checkpoint` for a folder; jobs go to the writer."""
+    def save_with(
+        self, writer: FileWriter, folder: Path, iteration: int, *, is_beside: bool
+    ) -> None:
+        """Call `save_checkpoint` for a folder; jobs go to the writer.
+
+        Args:
+            writer: runs the jobs.
+            folder: of the model in the checkpoint.
+            iteration: for `save_checkpoint`.
+            is_beside: the writer runs them while training goes on.
+        """
         self._checkpoint_dir = folder
-        self._file_writer = writer
+        self._file_writer, self._is_beside = writer, is_beside
         try:
             self.save_checkpoint(iteration)
         finally:
-            self._file_writer = None
+            self._file_writer, self._is_beside = None, False
 
     def read_generators(self) -> dict[str, Any]:
         """States of the random generators that this worker draws from."""
@@ -461,7 +474,7 @@ class BaseModule:
             CheckpointError: the file is missing, damaged, or does not fit the model.
         """
         path = Path(folder) / state_file_name(self.layout, self.rank)
-        load_state(path, self.model, self.optimizer, self.device)
+        load_state(path, self.model, self.optimizer, self.device, self._schedule)
 
     def wants_whole_episode(self, columns: Sequence[str]) -> bool:
         """Whether `prepare_episode` is of use for an episode whose rows have these columns.
@@ -480,6 +493,12 @@ class BaseModule:
         Args:
             batches: this rank's micro-batches of each global batch.
         """
+
+    @property
+    def _schedule(self) -> Any:
+        """What is in `self.scheduler`, if it has a state."""
+        has_state = all(hasattr(self.scheduler, f"{verb}state_dict") for verb in ("", "load_"))
+        return self.scheduler if has_state else None
 
     def _attached(self, value: AttachedT | None) -> AttachedT:
         if value is None:

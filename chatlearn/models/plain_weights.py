@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.checkpoint.plain_values import load_plain
+from chatlearn.checkpoint.plain_values import load_plain, to_plain
 from chatlearn.errors import ChatLearnError, CheckpointError, in_one_line
 
 if TYPE_CHECKING:
@@ -90,11 +90,17 @@ def state_file_name(layout: ParallelLayout, rank: int) -> str:
     return f"model.tp{at.tp_rank}.cp{at.cp_rank}.pp{at.pp_rank}.pt"
 
 
-def read_state(model: Any, optimizer: Any, iteration: int) -> dict[str, Any]:
-    """State of model and optimizer, as `write_state` takes it; the tensors are the live ones."""
+def read_state(model: Any, optimizer: Any, iteration: int, scheduler: Any = None) -> dict[str, Any]:
+    """State of model, optimizer and schedule, as `write_state` takes it; tensors are the live ones.
+
+    Raises:
+        CheckpointError: the schedule's state holds something that could not be loaded again.
+    """
     state = {"model": dict(model.state_dict()), "iteration": iteration}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
+    if scheduler is not None:
+        state["scheduler"] = to_plain(scheduler.state_dict(), "self.scheduler.state_dict()")
     return state
 
 
@@ -120,7 +126,9 @@ def write_state(path: Path, state: Mapping[str, Any]) -> Path:
     return path
 
 
-def load_state(path: Path, model: Any, optimizer: Any, device: torch.device) -> None:
+def load_state(
+    path: Path, model: Any, optimizer: Any, device: torch.device, scheduler: Any = None
+) -> None:
     """Read what `write_state` wrote, without running code from the file.
 
     Raises:
@@ -133,5 +141,7 @@ def load_state(path: Path, model: Any, optimizer: Any, device: torch.device) -> 
         model.load_state_dict(state["model"])
         if optimizer is not None and "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
+        if scheduler is not None and "scheduler" in state:
+            scheduler.load_state_dict(state["scheduler"])
     except Exception as error:  # modules and optimizers raise anything
         raise CheckpointError(f"{path} cannot be loaded: {in_one_line(error)}") from error

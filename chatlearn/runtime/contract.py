@@ -136,6 +136,14 @@ class Backend(Protocol):
         """The value of one output of a call; errors as in `wait_any`."""
         ...
 
+    def check(self) -> None:
+        """Raise the error of a worker that has died, if one has; does not wait for anything.
+
+        Raises:
+            WorkerError: the likeliest first cause.
+        """
+        ...
+
     def restart(self, model_name: str, replica: int) -> None:
         """Put new workers in the places of a replica's, some of which have died.
 

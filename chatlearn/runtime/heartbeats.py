@@ -101,7 +101,12 @@ class Heartbeats:
         self._thread.join(_KILL_S)
 
     def _run(self) -> None:
+        import ray
+
         while not self._is_closed.wait(self._interval_s):
+            if not ray.is_initialized():
+                # Ray would connect by itself for the next question, to whatever there is.
+                return
             with self._lock:
                 workers = dict(self._workers)
             for worker, asked in workers.items():

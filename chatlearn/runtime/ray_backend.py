@@ -157,6 +157,10 @@ class RayBackend:
             for spec in specs
         }
 
+    def check(self) -> None:
+        """Raise the error of a worker that has died."""
+        self._watches.raise_failures(self._watches.ready(), {}, self._watches.refs)
+
     def restart(self, model_name: str, replica: int) -> None:
         """End what is left of a replica, and start its ranks anew in the same places."""
         launch = self._launch
@@ -225,7 +229,8 @@ class RayBackend:
             if ready:
                 break
             if left <= 0:
-                raise WaitTimeoutError(f"{_label(call.worker)} did not answer in {timeout_s:g} s")
+                text = f"{_label(call.worker)} did not answer in {timeout_s:g} s"
+                raise WaitTimeoutError(text, (call.worker,))
             self._watches.raise_failures(self._watches.ready(), {}, self._watches.refs)
         try:
             return ray.get(ref)
@@ -387,9 +392,13 @@ class RayBackend:
                 for actor, ref in refs.items()
                 if ref in late
             ]
+            known = [
+                self._summaries[a] for a, r in refs.items() if r in late if a in self._summaries
+            ]
+            state = f"\n{self.explain(known)}" if known else ""
             raise PlacementError(
                 f"workers did not {what} within runtime.startup_timeout_s={timeout_s:g}: "
-                f"{', '.join(names[:8])}"
+                f"{', '.join(names[:8])}{state}"
             )
         results: dict[_Actor, Any] = {}
         for actor, ref in refs.items():

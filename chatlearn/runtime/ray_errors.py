@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import traceback
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
 
     from chatlearn.runtime.contract import WorkerSummary
 
-__all__ = ["describe_failure", "pick_cause"]
+__all__ = ["describe_failure", "is_broken_connection", "pick_cause"]
+
+_BROKEN = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 
 
 def describe_failure(error: Exception, worker: WorkerSummary | None, flow_line: str) -> WorkerError:
@@ -49,6 +52,25 @@ def describe_failure(error: Exception, worker: WorkerSummary | None, flow_line: 
     # Rows are lost with the node that held them.
     found.is_collateral = found.has_lost_rows = is_lost
     return found
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, as far as one can tell.
+
+    Its errors are raised by native code. What a `raise` statement raised is somebody's program
+    speaking, whatever words it uses.
+    """
+    if not isinstance(error, RuntimeError):
+        return False
+    if not any(word in str(error).lower() for word in _BROKEN):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return True
+    code = trace.tb_frame.f_code.co_code
+    return code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]
 
 
 def pick_cause(failures: Sequence[WorkerError]) -> WorkerError:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from chatlearn.errors import WorkerError
 from chatlearn.runtime.collective_log import CollectiveLog, install
 from chatlearn.runtime.heartbeats import Beat
+from chatlearn.runtime.ray_errors import is_broken_connection
 from chatlearn.runtime.threads import ThreadShare, count_cores
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from chatlearn.parallel.layout import ParallelLayout
 
 __all__ = ["ProcessPlace", "RayWorker", "WorkerSettings"]
-
-_COLLATERAL = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 
 
 @dataclass(frozen=True)
@@ -179,9 +178,8 @@ class RayWorker:
         if isinstance(error, WorkerError):
             return error
         context = self._context
-        text = str(error)
         found = WorkerError(
-            f"{type(error).__name__}: {text}",
+            f"{type(error).__name__}: {error}",
             model_name=context.model_name if context else "",
             rank=context.rank if context else 0,
             replica=context.replica if context else 0,
@@ -189,12 +187,9 @@ class RayWorker:
             flow_line=line,
             worker_traceback="".join(traceback.format_exception(error)),
         )
-        is_connection = isinstance(error, RuntimeError) and any(
-            word in text.lower() for word in _COLLATERAL
-        )
         # Rows are lost with the node that held them.
         found.has_lost_rows = isinstance(error, ray.exceptions.ObjectLostError)
-        found.is_collateral = is_connection or found.has_lost_rows
+        found.is_collateral = is_broken_connection(error) or found.has_lost_rows
         return found
 
 

@@ -112,7 +112,8 @@ class RankCalls:
             # Who waits in vain says so; who never answers is the cause.
             raise WaitTimeoutError(
                 f"{self._what}: within {self._timeout_s:g} s (runtime.sync_timeout_s) these ranks "
-                f"did not {purpose}: {self._name(late)}{f'; {first.text}' if first else ''}"
+                f"did not {purpose}: {self._name(late)}{f'; {first.text}' if first else ''}",
+                [call.worker for call in late.values()],
             )
         if first is not None:
             error = SyncError(f"{self._what}: {first.text}")

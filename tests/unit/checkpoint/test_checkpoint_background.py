@@ -7,7 +7,7 @@ import pytest
 
 from chatlearn.checkpoint.background import FileWriter, await_receipts, receipt_name
 from chatlearn.checkpoint.manifest import sum_file
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, WaitTimeoutError
 
 NAME = receipt_name("policy", 0, 1)
 
@@ -55,19 +55,20 @@ def test_what_goes_wrong_is_told_with_the_worker(folder, is_async):
 
 def test_writing_goes_on_beside_and_a_second_save_is_refused_meanwhile(folder):
     gate = threading.Event()
-    writer = FileWriter()
+    writer = FileWriter(patience_s=0.1)
     writer.submit(lambda: gate.wait(30) and None)
     start(writer, folder, is_async=True)
     with pytest.raises(CheckpointError, match="still being written"):
         start(writer, folder, is_async=True)
     assert not (folder / ".receipts" / NAME).exists()
     gate.set()
-    writer.wait(30)
     assert await_receipts(folder / ".receipts", [NAME], later()) == {}
+    writer.close()
+    writer.wait()
 
 
 def test_receipts_that_do_not_come_are_named(folder):
-    with pytest.raises(CheckpointError, match=r"in time: policy.r0.1"):
+    with pytest.raises(WaitTimeoutError, match=r"in time: policy.r0.1"):
         await_receipts(folder / ".receipts", [NAME], later(0.1))
     with pytest.raises(CheckpointError, match="given up"):
         await_receipts(folder / ".receipts", [NAME], later(), lambda: True)
@@ -77,3 +78,13 @@ def test_a_draft_that_was_given_up_gets_no_receipt(tmp_path):
     writer = FileWriter()
     writer.start(tmp_path, tmp_path / "gone" / NAME, is_async=False)
     assert not (tmp_path / "gone").exists()
+
+
+def test_a_disk_that_takes_no_receipt_ends_the_wait_for_it(folder, monkeypatch):
+    def refuse(path, text):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("chatlearn.checkpoint.background.write_aside", refuse)
+    start(FileWriter(), folder, is_async=False)
+    with pytest.raises(CheckpointError, match="is the disk full"):
+        await_receipts(folder / ".receipts", [NAME], later())

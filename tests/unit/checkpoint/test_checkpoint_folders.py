@@ -174,8 +174,8 @@ def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_the_others(tmp
 def test_the_newest_good_checkpoint_is_never_removed(tmp_path):
     for episode in (1, 2, 3):
         save(tmp_path, episode)
-    for episode in (2, 3):
-        damage(tmp_path / f"episode_00000{episode}/models/policy/model.pt", "cut short")
+    for episode, kind in ((2, "cut short"), (3, "changed")):
+        damage(tmp_path / f"episode_00000{episode}/models/policy/model.pt", kind)
     assert prune_checkpoints(tmp_path, 1) == []
     assert find_newest([tmp_path]).checkpoint == tmp_path / "episode_000001"
 

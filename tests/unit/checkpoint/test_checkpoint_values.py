@@ -20,7 +20,8 @@ def test_values_come_back(tmp_path):
         "numbers": [1, -2.5, True, None],
         "text": "ä",
         3: (b"bytes", {"deep": [[]]}),
-        "array": np.arange(3),
+        "array": np.arange(3, dtype=np.int16)[::-1],
+        "number": np.float32(0.5),
         "row_id": RowId(4, 1),
     }
     save_plain(tmp_path / "a" / "value.pt", value, "the value")
@@ -28,7 +29,9 @@ def test_values_come_back(tmp_path):
     assert torch.equal(found["tensor"].nan_to_num(), value["tensor"].nan_to_num())
     assert found["numbers"] == value["numbers"]
     assert found[3] == value[3]
-    assert found["array"].tolist() == [0, 1, 2]
+    assert isinstance(found["array"], np.ndarray)
+    assert (found["array"].tolist(), found["array"].dtype) == ([2, 1, 0], np.int16)
+    assert (found["number"], type(found["number"])) == (0.5, np.float32)
     assert found["row_id"] == (4, 1)
 
 
