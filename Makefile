@@ -29,9 +29,8 @@ test: setup ## Run the tests (no GPU needed)
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
-	@# What waits for processes to start and end within limits has the machine to itself.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/contract tests/repo
-	@$(BIN)/python -m pytest tests/integration tests/gpu
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not alone" tests
+	@$(BIN)/python -m pytest -m "alone and not long" tests
 endif
 
 test-faults: setup ## Let twelve faults happen to a tiny PPO run, at every stage

@@ -118,9 +118,9 @@ class CallLoop:
             WaitTimeoutError: calls outlasted `stage_timeout_s`.
             FlowError: nothing runs and nothing can be dispatched.
         """
+        self._heed_interrupt()
         while not is_done():
-            if self.interrupt is not None and not self._is_held:
-                self.interrupt()
+            self._heed_interrupt()
             for pump in tuple(self._pumps):
                 pump.pump()
             if is_done():
@@ -128,6 +128,10 @@ class CallLoop:
             if not self._open:
                 raise FlowError("the flow stalls: no call runs and none can be dispatched")
             self._wait()
+
+    def _heed_interrupt(self) -> None:
+        if self.interrupt is not None and not self._is_held:
+            self.interrupt()
 
     @contextmanager
     def uninterrupted(self) -> Generator[None]:

@@ -74,6 +74,9 @@ def dump_step(
     )
     if all(_succeeds_everywhere(context, draft, part) for part in parts):
         return folder
+    if context.rank == 0:
+        # Another rank may have removed it while this one was writing.
+        shutil.rmtree(draft, ignore_errors=True)
     return None
 
 

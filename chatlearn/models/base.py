@@ -163,16 +163,15 @@ class BaseModule:
     def save_checkpoint(self, iteration: int) -> None:
         """Save the model under `self.checkpoint_dir`; every rank calls it.
 
-        The default saves `self.model`, `self.optimizer` and `self.scheduler` by their state dicts,
-        one file for each rank of the first data-parallel copy; a module without a model saves
-        nothing. What writes for long can do so in a job of `write_files`, while the run goes on.
+        The default saves `self.model`, `self.optimizer` and `self.scheduler`, one file for each
+        rank of the first data-parallel copy. What takes long can be a job of `write_files`.
 
         Args:
             iteration: global batches trained on so far.
         """
         if self.model is not None and self.data_parallel_rank == 0:
             path = self.checkpoint_dir / state_file_name(self.layout, self.rank)
-            state = read_state(self.model, self.optimizer, iteration, self._schedule)
+            state = read_state(self.model, self.optimizer, iteration, self.scheduler)
             if self.writes_beside:
                 state = copy_value(state)
             self.write_files(lambda: [write_state(path, state)])
@@ -187,8 +186,8 @@ class BaseModule:
     def worker_state(self) -> Mapping[str, Any]:
         """What else of this worker a resumed run needs; goes into every checkpoint.
 
-        Tensors, numbers, texts, and containers of them; the default has none. Weights, optimizer
-        and the global random generators are saved without it.
+        Tensors, arrays, numbers, texts, and containers of them; the default has none. Weights,
+        optimizer, schedule and the global random generators are saved without it.
         """
         return {}
 
@@ -305,10 +304,9 @@ class BaseModule:
     def write_files(self, job: Callable[[], Iterable[Path] | None]) -> None:
         """Within `save_checkpoint`: run a job that writes files of the checkpoint.
 
-        It runs once `save_checkpoint` has returned, beside the run's work where
-        `runtime.async_save` is true, so it must not read what training changes
-        (`self.writes_beside` says so), nor `self.checkpoint_dir`, which another save may have set
-        by then. Outside a save it runs at once.
+        It runs once `save_checkpoint` has returned, beside the run's work where `writes_beside`
+        says so; then it must not read what training changes, nor `self.checkpoint_dir`. Outside a
+        save it runs at once.
 
         Args:
             job: writes, and may give the files' paths, which are then read for their checksums
@@ -333,14 +331,7 @@ class BaseModule:
     def save_with(
         self, writer: FileWriter, folder: Path, iteration: int, *, is_beside: bool
     ) -> None:
-        """Call `save_checkpoint` for a folder; jobs go to the writer.
-
-        Args:
-            writer: runs the jobs.
-            folder: of the model in the checkpoint.
-            iteration: for `save_checkpoint`.
-            is_beside: the writer runs them while training goes on.
-        """
+        """Call `save_checkpoint` for a folder; jobs go to the writer, beside training or not."""
         self._checkpoint_dir = folder
         self._file_writer, self._is_beside = writer, is_beside
         try:
@@ -451,16 +442,14 @@ class BaseModule:
     def frozen_weights(self) -> Collection[str]:
         """Names of `weight_tensors` that training never changes: moved once, not at each sync.
 
-        The default names none. A plain module whose frozen parameters nobody else changes may
-        give them here.
+        The default names none; a plain module may give its frozen parameters here.
         """
         return ()
 
     def before_weight_sync(self) -> None:
         """Called on every rank whose weights are about to be taken.
 
-        A module whose `weight_tensors` are computed, such as merged ones, brings them up to date
-        here; the tensors must stay the same objects.
+        Computed `weight_tensors`, such as merged ones, are brought up to date here, in place.
         """
 
     def after_weight_sync(self, version: int) -> None:
@@ -474,7 +463,7 @@ class BaseModule:
             CheckpointError: the file is missing, damaged, or does not fit the model.
         """
         path = Path(folder) / state_file_name(self.layout, self.rank)
-        load_state(path, self.model, self.optimizer, self.device, self._schedule)
+        load_state(path, self.model, self.optimizer, self.device, self.scheduler)
 
     def wants_whole_episode(self, columns: Sequence[str]) -> bool:
         """Whether `prepare_episode` is of use for an episode whose rows have these columns.
@@ -493,12 +482,6 @@ class BaseModule:
         Args:
             batches: this rank's micro-batches of each global batch.
         """
-
-    @property
-    def _schedule(self) -> Any:
-        """What is in `self.scheduler`, if it has a state."""
-        has_state = all(hasattr(self.scheduler, f"{verb}state_dict") for verb in ("", "load_"))
-        return self.scheduler if has_state else None
 
     def _attached(self, value: AttachedT | None) -> AttachedT:
         if value is None:

@@ -99,7 +99,7 @@ def read_state(model: Any, optimizer: Any, iteration: int, scheduler: Any = None
     state = {"model": dict(model.state_dict()), "iteration": iteration}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
-    if scheduler is not None:
+    if _is_schedule(scheduler):
         state["scheduler"] = to_plain(scheduler.state_dict(), "self.scheduler.state_dict()")
     return state
 
@@ -141,7 +141,12 @@ def load_state(
         model.load_state_dict(state["model"])
         if optimizer is not None and "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
-        if scheduler is not None and "scheduler" in state:
+        if _is_schedule(scheduler) and "scheduler" in state:
             scheduler.load_state_dict(state["scheduler"])
     except Exception as error:  # modules and optimizers raise anything
         raise CheckpointError(f"{path} cannot be loaded: {in_one_line(error)}") from error
+
+
+def _is_schedule(value: Any) -> bool:
+    """Whether a module's `scheduler` is something with a state."""
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")

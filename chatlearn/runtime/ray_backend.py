@@ -151,7 +151,8 @@ class RayBackend:
         self._connect(launch, self._actors)
         for spec in specs:
             for replica in range(spec.num_replicas):
-                self._groups[spec.name, replica] = self._group(spec, replica)
+                group = _build_group(spec, replica, self._actors, self._summaries)
+                self._groups[spec.name, replica] = group
         return {
             spec.name: tuple(self._groups[spec.name, at] for at in range(spec.num_replicas))
             for spec in specs
@@ -172,7 +173,7 @@ class RayBackend:
         new = [self._create(launch, actor.place) for actor in old]
         self._actors = [actor for actor in self._actors if actor not in old] + new
         self._connect(launch, new)
-        group = self._group(launch.specs[model_name], replica)
+        group = _build_group(launch.specs[model_name], replica, new, self._summaries)
         self._groups[key].replace(group.actors, group.workers)
 
     def explain(self, workers: Sequence[WorkerSummary]) -> str:
@@ -370,16 +371,6 @@ class RayBackend:
             joins[actor] = actor.handle.join.remote(fields, spec.layout, module, where)
         self._await(joins, timeout_s, "join their process world")
 
-    def _group(self, spec: ModelSpec, replica: int) -> _RayGroup:
-        own = [
-            actor
-            for actor in self._actors
-            if actor.place.model_name == spec.name and actor.place.replica == replica
-        ]
-        own.sort(key=lambda actor: actor.place.rank)
-        workers = tuple(self._summaries[actor] for actor in own)
-        return _RayGroup(spec.name, replica, spec.layout, [a.handle for a in own], workers)
-
     def _await(self, refs: Mapping[_Actor, Any], timeout_s: float, what: str) -> dict[_Actor, Any]:
         """Results of one start-up step of every worker."""
         import ray.exceptions
@@ -409,6 +400,19 @@ class RayBackend:
                 summary = WorkerSummary(place.model_name, place.replica, place.rank, "", "", 0)
                 raise describe_failure(error, summary, "") from error
         return results
+
+
+def _build_group(
+    spec: ModelSpec,
+    replica: int,
+    actors: Sequence[_Actor],
+    summaries: Mapping[_Actor, WorkerSummary],
+) -> _RayGroup:
+    key = (spec.name, replica)
+    own = [actor for actor in actors if (actor.place.model_name, actor.place.replica) == key]
+    own.sort(key=lambda actor: actor.place.rank)
+    workers = tuple(summaries[actor] for actor in own)
+    return _RayGroup(spec.name, replica, spec.layout, [a.handle for a in own], workers)
 
 
 def _label(worker: WorkerSummary) -> str:

@@ -17,6 +17,8 @@ from chatlearn import BaseModule, Engine, Environment
 from chatlearn import Trainer as TrainerFlow
 from chatlearn.errors import ConfigError, PlacementError, WaitTimeoutError, WorkerError
 
+pytestmark = pytest.mark.alone
+
 HERE = Path(__file__).parent
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_ray_cluster.sh"
 SECRETS = {"HF_TOKEN": "hf_NeverWriteThisDown", "DB_PASSWORD": "NorThisPassword"}
 

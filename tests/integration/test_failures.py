@@ -13,6 +13,8 @@ import psutil
 import pytest
 from interrupts import heed_interrupts
 
+pytestmark = pytest.mark.alone
+
 HERE = Path(__file__).parent
 START_S = 90.0
 REACT_S = 10.0
@@ -124,9 +126,8 @@ def test_ctrl_c_ends_the_run_with_130(start):
     assert program.await_silence() == []
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_workers_start_leaves_nothing(start, number):
     program = start("build_slow_starter")
     program.await_moment()

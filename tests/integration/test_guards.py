@@ -136,6 +136,28 @@ def test_skip_is_as_if_the_batch_had_not_been_there(start, tmp_path, kind):
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+MOE = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 16,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_load_balancing_type": "none",
+}
+
+
+def test_a_skipped_step_leaves_the_routers_selection_biases(start):
+    result = start("loss", layout=MOE, guards={"not_finite": "skip"}, num_episode=1)
+    short = start("none", layout=MOE, rows=ROWS[:3], num_episode=1)
+    found, expected = (
+        runs.saved_tensors(run.run_dir, 1, ["policy_trainer"]) for run in (result, short)
+    )
+    biases = [name for name in expected if "expert_bias" in name]
+    assert biases
+    assert all(expected[name].abs().max() > 0 for name in biases)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
 def test_warn_goes_on_and_says_so(start, tmp_path, caplog):
     result = start("loss", guards={"not_finite": "warn", "max_dumps": 0}, num_episode=1)
     assert result.metrics[0]["step"] == 1

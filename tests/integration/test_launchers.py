@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from interrupts import heed_interrupts
 
+pytestmark = pytest.mark.alone
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAUNCHERS = ["run_ray_cluster.sh", "run_torchrun.sh"]
 LIMIT_S = 100
@@ -193,7 +195,7 @@ def test_torchrun_keeps_the_exit_code_of_a_bad_config(workplace: Workplace) -> N
         ("run_ray_cluster.sh", signal.SIGINT, [130, 130]),
         pytest.param("run_ray_cluster.sh", signal.SIGKILL, [-9, 1], marks=pytest.mark.long),
         pytest.param("run_torchrun.sh", signal.SIGINT, [130, 130], marks=pytest.mark.long),
-        ("run_torchrun.sh", signal.SIGTERM, [143, 143]),
+        pytest.param("run_torchrun.sh", signal.SIGTERM, [143, 143], marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_the_first_node_ends_all(

@@ -12,6 +12,8 @@ import chatlearn
 from chatlearn.engine.from_config import build_engine
 from chatlearn.metrics.timings import without_timings
 
+pytestmark = pytest.mark.alone
+
 RUNTIME = {
     "num_episode": 3,
     "sample_per_episode": 6,

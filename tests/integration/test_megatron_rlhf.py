@@ -1,10 +1,13 @@
 """PPO over five Megatron models of different layouts and a verifier, in Ray."""
 
 import megatron_runs as runs
+import pytest
 
 import chatlearn
 import megatron_adapters
 from chatlearn.engine.from_config import build_engine
+
+pytestmark = pytest.mark.alone
 
 RUNTIME = {
     "num_episode": 2,

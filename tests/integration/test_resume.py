@@ -54,6 +54,7 @@ class Learner(BaseModule):
         torch.manual_seed(7)
         self.model = torch.nn.Linear(3, 1)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, gamma=0.7)
 
     def train_step(self, data):
         loss = torch.zeros(())
@@ -64,7 +65,9 @@ class Learner(BaseModule):
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.item(), "weight": self.model.weight.sum().item()}
+        self.scheduler.step()
+        rate = self.scheduler.get_last_lr()[0]
+        return {"loss": loss.item(), "weight": self.model.weight.sum().item(), "rate": rate}
 
 
 class Keeper(RelaySampleManager):

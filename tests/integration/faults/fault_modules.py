@@ -17,7 +17,10 @@ from chatlearn import Trainer as TrainerFlow
 
 
 def plan_fault(folder, moment, kind):
-    """Let the first worker that comes to `moment` suffer `kill`, `stop` or `raise`."""
+    """Let the first worker that comes to `moment` suffer `kill`, `stop` or `raise`.
+
+    `kind and moment kind` plans another before it strikes.
+    """
     (Path(folder) / moment).write_text(kind)
 
 
@@ -31,6 +34,9 @@ class Hurt(BaseModule):
             path.unlink()
         except FileNotFoundError:
             return
+        kind, _, following = kind.partition(" and ")
+        if following:
+            plan_fault(self.args["folder"], *following.split())
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "stop":

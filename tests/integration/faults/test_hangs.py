@@ -15,6 +15,8 @@ from chatlearn import BaseModule, Engine
 from chatlearn import Trainer as TrainerFlow
 from chatlearn.errors import WaitTimeoutError, WorkerError
 
+pytestmark = pytest.mark.alone
+
 
 class Waiting(BaseModule):
     """Rank 0 waits for the others in a collective, rank 1 sleeps, rank 2 is stopped."""

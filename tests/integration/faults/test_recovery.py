@@ -10,6 +10,8 @@ import pytest
 from chatlearn.errors import WorkerError
 from chatlearn.metrics.timings import without_timings
 
+pytestmark = pytest.mark.alone
+
 MODELS = {"policy": {"num_gpu": 2}}
 
 
