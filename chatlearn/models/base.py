@@ -177,10 +177,7 @@ class BaseModule:
             self.write_files(lambda: [write_state(path, state)])
 
     def resume_checkpoint(self, folder: str) -> None:
-        """Go on from what `save_checkpoint` saved: a trainer with its optimizer; every rank.
-
-        The default is `load_checkpoint`.
-        """
+        """Go on from what `save_checkpoint` saved; every rank; the default is `load_checkpoint`."""
         self.load_checkpoint(folder)
 
     def worker_state(self) -> Mapping[str, Any]:
