@@ -92,8 +92,13 @@ def running(request):
     backend.close()
 
 
-@pytest.mark.parametrize("given", [None, 3])
-@pytest.mark.parametrize("kind", ["local", "ray"])
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        *(("local", None), ("local", 3), ("ray", None)),
+        pytest.param("ray", 3, marks=pytest.mark.long),
+    ],
+)
 def test_threads_follow_from_the_placement_unless_they_are_set(
     kind, given, ray_cluster, monkeypatch, tmp_path
 ):

@@ -12,8 +12,16 @@ pytest.importorskip("transformers")
 from megatron_adapters.conversion import parity
 from megatron_adapters.conversion.tiny_models import TINY_MODELS, build_tiny_model
 
+# Stages are the same for all: in the short form two families show them.
+STAGED = ("gemma3", "deepseek_v3")
+
+
+def marks_of(family, layout):
+    return () if family in STAGED or layout != "PP 2" else pytest.mark.long
+
+
 CASES = [
-    pytest.param(family, case, id=f"{family}-{case.name}")
+    pytest.param(family, case, id=f"{family}-{case.name}", marks=marks_of(family, case.name))
     for family in TINY_MODELS
     for case in parity.layouts_of(family)
 ]
@@ -84,14 +92,9 @@ PP2 = {
 
 
 CP2 = {"context_parallel_size": 2}
-# Stages are the same for all: in the short form two families show them.
-STAGED = ("gemma3", "deepseek_v3")
 GRADIENT_CASES = [
     *((family, "TP 2") for family in TINY_MODELS),
-    *(
-        pytest.param(family, "PP 2", marks=() if family in STAGED else pytest.mark.long)
-        for family in TINY_MODELS
-    ),
+    *(pytest.param(family, "PP 2", marks=marks_of(family, "PP 2")) for family in TINY_MODELS),
     ("gemma3", "CP 2"),
     ("deepseek_v3", "CP 2"),
 ]
@@ -126,8 +129,8 @@ def gradients(rank, *args):
 GENERATING = [
     *((family, parity.ONE) for family in TINY_MODELS),
     ("gemma3", parity.TP2),
-    ("deepseek_v3", parity.TP2),
-    ("gemma3", parity.PP2),
+    pytest.param("deepseek_v3", parity.TP2, marks=pytest.mark.long),
+    pytest.param("gemma3", parity.PP2, marks=pytest.mark.long),
     ("deepseek_v3", parity.PP2),
     ("mixtral", parity.EP2),
 ]

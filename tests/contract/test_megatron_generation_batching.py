@@ -80,7 +80,13 @@ def assert_alike(found, expected, bound=1e-4):
         assert one == pytest.approx(other, abs=bound)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("one", "tp2-pp2"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("tp2", "pp2")),
+    ],
+)
 def test_slots_chunks_and_shared_prompts_do_not_show(ranks, layout):
     crowded = sample(ranks, layout, fields=GQA)
     assert_alike(sample(ranks, layout, fields=GQA, generation=TIGHT), crowded)

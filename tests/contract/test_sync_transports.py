@@ -215,7 +215,10 @@ def check_nothing_leaks(pair, work):
 
 @pytest.mark.parametrize(
     "transport",
-    ["shared_memory", "channel", pytest.param("mixed", marks=pytest.mark.long)],
+    [
+        "shared_memory",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("channel", "mixed")),
+    ],
     indirect=True,
 )
 def test_nothing_leaks_in_seventy_syncs(pair):

@@ -111,6 +111,7 @@ def test_stop_ends_the_run_and_the_step_can_be_run_again(start, tmp_path, capsys
     assert "the fault has come again" in said.out
 
 
+@pytest.mark.alone
 def test_a_step_of_several_ranks_is_run_again_on_one(start, ray_cluster, tmp_path, capsys):
     layout = {"num_gpu": 4, "tensor_model_parallel_size": 2, "use_distributed_optimizer": True}
     with pytest.raises(WorkerError, match="the loss is nan"):

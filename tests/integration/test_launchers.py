@@ -18,7 +18,6 @@ from interrupts import heed_interrupts
 pytestmark = pytest.mark.alone
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-LAUNCHERS = ["run_ray_cluster.sh", "run_torchrun.sh"]
 LIMIT_S = 100
 
 ENGINE = """
@@ -147,7 +146,9 @@ def workplace(tmp_path: Path) -> Workplace:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize(
+    "script", [pytest.param("run_ray_cluster.sh", marks=pytest.mark.long), "run_torchrun.sh"]
+)
 def test_workers_run_on_both_nodes_and_all_leave_with_the_driver(
     workplace: Workplace, script: str
 ) -> None:
