@@ -5,10 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 VENV_BENCH ?= .venv-bench
 TORCH_CPU ?= torch==2.13.0
+FAULTS := tests/integration/faults
+NO_FAULTS := --ignore $(FAULTS)
 export VENV_BENCH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-long check bench-setup bench bench-docs format docs clean
+.PHONY: help setup demo test test-recovery test-faults test-long check bench-setup bench bench-docs format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,15 +25,18 @@ demo: setup ## Watch PPO teach a small model to add (ALGO=ppo|grpo, REWARD=rule|
 	@$(BIN)/python -m scripts.demo.run --algo "$(or $(ALGO),ppo)" --reward "$(or $(REWARD),rule)" \
 		--seed "$(or $(SEED),0)" $(ARGS)
 
-test test-faults test-long: export OMP_NUM_THREADS ?= 1
+test test-recovery test-faults test-long: export OMP_NUM_THREADS ?= 1
 
-test: setup ## Run the tests (no GPU needed)
+test: setup ## Run the tests (no GPU needed), but for those of test-recovery
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not alone" tests
-	@$(BIN)/python -m pytest -m "alone and not long" tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not alone" $(NO_FAULTS) tests
+	@$(BIN)/python -m pytest -m "alone and not long" $(NO_FAULTS) tests
 endif
+
+test-recovery: setup ## Run the tests of what goes wrong in a run: deaths, hangs, resumes, bad numbers
+	@$(BIN)/python -m pytest $(FAULTS) $(ARGS)
 
 test-faults: setup ## Let twelve faults happen to a tiny PPO run, at every stage
 	@$(BIN)/python -m scripts.soak --short $(ARGS)
