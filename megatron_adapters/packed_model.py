@@ -118,8 +118,18 @@ class PackedModel(GPTModel):
             hidden_states=hidden,
             attention_mask=None,
             packed_seq_params=self._with_rotary(batch),  # type: ignore[arg-type]
+            padding_mask=self._find_fill(batch),
         )
         return self._read(hidden, batch) if self.post_process else hidden
+
+    def _find_fill(self, batch: PackedBatch) -> torch.Tensor | None:
+        """[1, tokens of this rank] bool: what does not count for the balance of experts."""
+        if self.config.num_moe_experts is None or not torch.is_grad_enabled():
+            return None
+        if not self.config.sequence_parallel:
+            return batch.is_fill
+        group = self.pg_collection.tp
+        return batch.is_fill.chunk(group.size(), dim=1)[group.rank()]
 
     def _with_rotary(self, batch: PackedBatch) -> AttentionPlan:
         if self._tables is None:

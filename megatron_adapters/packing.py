@@ -57,6 +57,7 @@ class PackedBatch:
     Attributes:
         token_ids: [1, tokens] int64, this context-parallel rank's part of the stream.
         position_ids: [1, tokens] int64, each within its row.
+        is_fill: [1, tokens] bool, True at tokens of no row.
         plan: which tokens attend to which.
         num_stream_tokens: length of the stream, all context-parallel ranks together.
         reads: [reads] int64, tokens of this rank whose hidden state is read, some perhaps twice.
@@ -71,6 +72,7 @@ class PackedBatch:
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
+    is_fill: torch.Tensor
     plan: AttentionPlan
     num_stream_tokens: int
     reads: torch.Tensor
@@ -255,6 +257,7 @@ def _pack(
 ) -> PackedBatch:
     token_ids = torch.zeros(length, dtype=torch.int64)
     position_ids = torch.zeros(length, dtype=torch.int64)
+    is_fill = torch.arange(length) >= stream.length
     if stream.length:
         token_ids[: stream.length] = torch.cat(stream.token_ids)
         position_ids[: stream.length] = torch.cat(stream.positions)
@@ -274,6 +277,7 @@ def _pack(
         parts = split_stream(length, options.context_size)
         local = parts[options.context_rank]
         token_ids, position_ids = token_ids[local], position_ids[local]
+        is_fill = is_fill[local]
         here = torch.full((length,), -1, dtype=torch.int64)
         here[local] = torch.arange(len(local))
         own = here[reads] >= 0
@@ -282,6 +286,7 @@ def _pack(
     return PackedBatch(
         token_ids=token_ids[None].to(device),
         position_ids=position_ids[None].to(device),
+        is_fill=is_fill[None].to(device),
         plan=plan_attention(
             stream.segments,
             length,

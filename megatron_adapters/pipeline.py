@@ -2,6 +2,7 @@
 """Runs micro-batches through Megatron's pipeline schedules, forward only or with gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,16 +68,36 @@ def run_forward_backward(
     by the data-parallel size; both are undone here, so the gradient is that of the plain sum of
     the losses over all micro-batches and data-parallel ranks. (Context-parallel ranks all have the
     whole loss and the gradient of their own tokens; the schedule multiplies by their number what
-    the reduction divides by it.)
+    the reduction divides by it.) Auxiliary losses of experts are means over the micro-batches and
+    data-parallel ranks, as Megatron has them.
     """
     padded = _fill_pipeline(batches, groups)
-    scale = float(len(padded) * groups.data.size())
+    scale = float(len(batches) * groups.data.size())
 
     def scaled(output: torch.Tensor, batch: PackedBatch) -> MicroBatchResult:
         result = loss_function(output, batch)
         return MicroBatchResult(result.loss * scale, result.kept)
 
-    return _run(chunks, padded, scaled, forward_only=False)[: len(batches)]
+    with _scaled_losses(chunks, len(padded) / len(batches)):
+        return _run(chunks, padded, scaled, forward_only=False)[: len(batches)]
+
+
+@contextmanager
+def _scaled_losses(chunks: Sequence[Any], factor: float) -> Iterator[None]:
+    """Multiply the main and auxiliary losses, which the schedule divides by fill batches, too."""
+    from megatron.core.utils import get_model_config
+
+    config: Any = get_model_config(chunks[0])
+    inner = config.grad_scale_func
+
+    def scale(loss: torch.Tensor) -> torch.Tensor:
+        return (loss if inner is None else inner(loss)) * factor
+
+    config.grad_scale_func = scale if factor != 1.0 else inner
+    try:
+        yield
+    finally:
+        config.grad_scale_func = inner
 
 
 def _run(
@@ -120,5 +141,6 @@ def _fill_pipeline(batches: Sequence[PackedBatch], groups: ParallelGroups) -> li
             last = padded[-1]
             extras = {key: torch.zeros_like(value) for key, value in last.extras.items()}
             mask = torch.zeros_like(last.mask)
-            padded.append(replace(last, mask=mask, num_rows=0, extras=extras))
+            is_fill = torch.ones_like(last.is_fill)
+            padded.append(replace(last, mask=mask, is_fill=is_fill, num_rows=0, extras=extras))
     return padded

@@ -72,11 +72,13 @@ def apply_patches(device: torch.device) -> None:
         cpu_tensor_kind,
         cpu_torch,
         latent_attention,
+        moe_padding,
     )
 
     core.__dict__[_MARK] = True
     adam_state.apply()
     latent_attention.apply()
+    moe_padding.apply()
     if device.type != "cpu":
         return
     cpu_tensor_kind.apply()

@@ -223,6 +223,20 @@ def layer_kinds(rank, fields):
     return {layer.layer_number: type(layer.mlp).__name__ for layer in layers}
 
 
+def train_balanced(rank, fields, micro_batch_size):
+    """As `train_supervised`, and by layer number the selection biases that came of it."""
+    module = build_module(rank, "trainer", fields)
+    data, _ = lane_batches(module, make_rows(7), SFT, micro_batch_size)
+    steps = [module.train_step(data) for _ in range(2)]
+    layers = [layer for chunk in module.model for layer in unwrap(chunk).decoder.layers]
+    biases = {
+        layer.layer_number: layer.mlp.router.expert_bias.tolist()
+        for layer in layers
+        if layer.mlp.router.expert_bias is not None
+    }
+    return [(step["loss"], step["grad_norm"]) for step in steps], biases
+
+
 def train_ppo(rank, fields, kind="trainer"):
     """Metrics of the first and second update of one episode, in debug mode."""
     runtime = {"debug": True, "algorithm": {"entropy_coef": 0.01}}

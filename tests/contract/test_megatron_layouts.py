@@ -95,6 +95,40 @@ def test_experts_are_the_same_in_every_layout(ranks, fields):
         assert steps[0] == pytest.approx(reference[0], rel=1e-5)
 
 
+BALANCED = {
+    **MOE,
+    "moe_aux_loss_coeff": 2.0,
+    "moe_z_loss_coeff": 0.5,
+    "moe_router_load_balancing_type": "aux_loss",
+}
+BIASED = {**MOE, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+SP_EP = {**SP, **EP2, "expert_tensor_parallel_size": 1}
+
+
+@pytest.mark.parametrize("name", ["aux_loss", "global_aux_loss", "selection bias"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(VPP2, id="vpp2"),
+        pytest.param(SP_EP, id="sp-ep2"),
+        pytest.param(PP2, id="pp2", marks=pytest.mark.long),
+        pytest.param(CP2, id="cp2", marks=pytest.mark.long),
+        pytest.param({**PP2, **RECOMPUTE}, id="pp2-recompute", marks=pytest.mark.long),
+    ],
+)
+def test_only_tokens_of_rows_count_for_the_balance_of_experts(ranks, fields, name):
+    """Streams are filled up to a multiple or to one length, and virtual stages get fill batches."""
+    kind = {**BALANCED, "moe_router_load_balancing_type": name}
+    kind = BIASED if name == "selection bias" else kind
+    (steps, biases), *_ = ranks.run(1, cases.train_balanced, kind, 3)
+    assert bool(biases) is (name == "selection bias")
+    found = {}
+    for own_steps, own_biases in ranks.run(2, cases.train_balanced, {**fields, **kind}, 3):
+        assert own_steps == [pytest.approx(step, rel=1e-5) for step in steps]
+        found |= own_biases
+    assert found == biases
+
+
 DENSE_AND_SPARSE = [1, 0, 0, 1]
 UNEVEN = {**PP2, "num_layers_in_first_pipeline_stage": 1}
 
