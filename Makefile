@@ -66,11 +66,11 @@ bench: setup bench-setup ## Run the benchmarks of scripts/bench/ one by one, alo
 
 bench-docs: setup bench-setup ## Measure beside TRL and transformers, and write docs/performance.md
 	@mkdir -p runs/bench
-	@for name in limits grpo decode train; do \
+	@for name in limits grpo_vs_trl generate_vs_transformers train_vs_transformers; do \
 		echo "== $$name"; set -o pipefail; \
 		$(BIN)/python -m "scripts.bench.$$name" --json | tee "runs/bench/$$name.txt" || exit $$?; \
 	done
-	@$(BIN)/python -m scripts.write_performance_docs runs/bench/{limits,grpo,decode,train}.txt
+	@$(BIN)/python -m scripts.write_performance_docs runs/bench/{limits,grpo_vs_trl,generate_vs_transformers,train_vs_transformers}.txt
 
 format: setup ## Format and fix what ruff can fix
 	@$(BIN)/ruff format .

@@ -14,7 +14,12 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if not __package__:
+    # Started as a file: what is beside it must not hide installed packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.fuzzing.checkpoint_cases import (
     HuggingFaceMaker,

@@ -22,6 +22,10 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if not __package__:
+    # Started as a file: what is beside it must not hide installed packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from scripts.faults.campaign import Campaign, Fault, Outcome, describe, run_undisturbed
 from scripts.faults.traces import shared_memory
 from scripts.faults.workload import FAULTS, write_workload

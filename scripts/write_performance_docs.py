@@ -15,6 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    # Started as a file: what is beside it must not hide installed packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from scripts.bench.budget import StepSize, bound_seconds, list_stages
 from scripts.bench.workload import BENCH_SHAPE
 
@@ -26,9 +30,6 @@ _THREADS = "2"
 _BESIDE = {
     "bare_loop": "bare loop",
     "ray": "ray",
-    "step": "step",
-    "product": "product",
-    "in": "in",
     "spread": "spread",
 }
 
@@ -87,25 +88,33 @@ def render_budget(limits: Mapping[str, Any] | None) -> str:
 
 def render_measured(results: Sequence[Mapping[str, Any]], date: str) -> str:
     """The measures with their bars, and the machine they were taken on."""
-    rows: list[list[str]] = []
-    for measure in (each for found in results for each in found["measures"]):
-        details = measure["details"]
-        sides = [_show(details[key]) if key in details else "" for key in ("ours", "peer")]
-        beside = ", ".join(f"{_BESIDE[k]} {_show(details[k])}" for k in _BESIDE if k in details)
-        bar = f"{'at most' if measure['is_cap'] else 'at least'} {measure['bar']:g}"
-        figure = f"{measure['value']:.2f} {measure['unit']}"
-        met = "yes" if measure["is_met"] else "no"
-        dtypes = " / ".join(str(details[k]) for k in ("dtype", "peer_dtype") if k in details)
-        name = f"`{measure['name']}`"
-        rows.append([name, measure["what"], *sides, beside, dtypes, figure, bar, met])
+    rows = [_row(name, each) for found in results for name, each in found["measures"].items()]
+    for found in results:
+        rows += [_row(f"{name}, ray", each) for name, each in found.get("other", {}).items()]
     machine = results[0]["machine"]
     note = (
         f"\nMeasured on {date}: {machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_gb']:g} GB, {_THREADS} threads a side.\n"
     )
     dtypes = "dtype (ours / peer)"
-    names = ["measure", "what", "ours", "peer", "beside", dtypes, "figure", "bar", "met"]
+    names = ["measure", "what", "ours", "peer", "", "beside", dtypes, "ratio", "bar", "met"]
     return _table(names, rows) + note
+
+
+def _row(name: str, measure: Mapping[str, Any]) -> list[str]:
+    beside = ", ".join(f"{_BESIDE[k]} {_show(measure[k])}" for k in _BESIDE if k in measure)
+    return [
+        f"`{name}`",
+        measure["what"],
+        _show(measure["ours"]),
+        _show(measure["peer"]),
+        measure["unit"],
+        beside,
+        " / ".join(str(measure[k]) for k in ("dtype", "peer_dtype") if k in measure),
+        f"{measure['ratio']:.2f}",
+        f"{measure['bar']:g}",
+        "yes" if measure["is_met"] else "no",
+    ]
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,11 +17,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+if not __package__:
+    # Started as a file: what is beside it must not hide installed packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from chatlearn.data.rows import RowId
 from megatron_adapters import PolicyInference, PolicyTrainer

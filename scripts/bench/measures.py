@@ -25,7 +25,6 @@ __all__ = [
     "compute_rates",
     "find_best_peer",
     "print_measures",
-    "ratio_of_medians",
     "say",
     "spread",
     "warn_of_company",
@@ -33,52 +32,56 @@ __all__ = [
 
 _PLAIN_WIDTH = 150
 _BUSY_PERCENT = 15.0
+_LEAST = 1e-9
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure and the bar that it should reach.
+    """One figure of ours beside the peer's or a limit, and the bar that their ratio should reach.
 
     Attributes:
         name: of the measure.
         what: in words.
-        value: the figure, in `unit`.
-        unit: of figure and bar.
-        bar: to reach.
-        is_cap: the bar is the most that the figure may be, not the least.
-        details: what it was computed from.
+        ours: our figure, in `unit`.
+        peer: the peer's, or where there is none the limit.
+        unit: of both.
+        bar: the ratio to reach.
+        is_cap: less is better: the ratio is the peer's figure over ours.
+        details: what they were computed from.
     """
 
     name: str
     what: str
-    value: float
+    ours: float
+    peer: float
     unit: str
     bar: float
     is_cap: bool = False
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
+    def ratio(self) -> float:
+        """How good ours is in terms of the peer's."""
+        above, below = (self.peer, self.ours) if self.is_cap else (self.ours, self.peer)
+        return above / max(below, _LEAST)
+
+    @property
     def is_met(self) -> bool:
         """Whether the bar is reached."""
-        return self.value <= self.bar if self.is_cap else self.value >= self.bar
+        return self.ratio >= self.bar
 
     def as_json(self) -> dict[str, Any]:
         """For the last line of a benchmark."""
         return {
-            "name": self.name,
-            "what": self.what,
-            "value": round(self.value, 4),
-            "unit": self.unit,
+            "ours": _round(self.ours),
+            "peer": _round(self.peer),
+            "ratio": round(self.ratio, 4),
             "bar": self.bar,
-            "is_cap": self.is_cap,
             "is_met": self.is_met,
-            "details": dict(self.details),
+            "what": self.what,
+            "unit": self.unit,
+            **self.details,
         }
-
-
-def ratio_of_medians(ours: Sequence[float], peer: Sequence[float]) -> float:
-    """Our median over the peer's."""
-    return statistics.median(ours) / statistics.median(peer)
 
 
 def spread(values: Sequence[float]) -> float:
@@ -109,29 +112,42 @@ def check_equal_parameters(sides: Sequence[Side]) -> int:
     return next(iter(counts.values()))
 
 
-def print_measures(title: str, measures: Sequence[Measure], *, as_json: bool) -> None:
-    """A table; with `as_json` one JSON object as the last line."""
+def print_measures(
+    title: str, measures: Sequence[Measure], other: Sequence[Measure] = (), *, as_json: bool
+) -> None:
+    """A table; with `as_json` one JSON object as the last line.
+
+    Args:
+        title: of the table.
+        measures: that count.
+        other: that stand beside them: a further way to run ours.
+        as_json: whether a program reads it.
+    """
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     table = Table(title=title)
     for name in ("measure", "what"):
         table.add_column(name)
-    for name in ("figure", "bar"):
+    for name in ("ours", "peer", "ratio", "bar"):
         table.add_column(name, justify="right")
     table.add_column("met")
     table.add_column("from")
-    for each in measures:
+    for each in (*measures, *other):
         table.add_row(
             each.name,
             each.what,
-            f"{each.value:.2f}",
-            f"{'<=' if each.is_cap else '>='} {each.bar:g} {each.unit}",
+            f"{each.ours:.4g} {each.unit}",
+            f"{each.peer:.4g}",
+            f"{each.ratio:.2f}",
+            f"{each.bar:g}",
             "yes" if each.is_met else "no",
             ", ".join(f"{key} {_show(value)}" for key, value in each.details.items()),
         )
     console.print(table)
     if as_json:
-        found = {"machine": _describe_machine(), "measures": [m.as_json() for m in measures]}
-        print(json.dumps(found))
+        found: dict[str, Any] = {"measures": {m.name: m.as_json() for m in measures}}
+        if other:
+            found["other"] = {m.name: m.as_json() for m in other}
+        print(json.dumps({**found, "machine": _describe_machine()}))
 
 
 def say(text: str) -> None:
@@ -162,6 +178,10 @@ def _read_processor_name() -> str:
     except OSError:
         found = []
     return found[0] if found else platform.machine()
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _show(value: Any) -> str:

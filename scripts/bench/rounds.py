@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
-__all__ = ["BenchError", "Side", "SideSpec", "alternate", "peer_python", "start_sides"]
+__all__ = ["BenchError", "Side", "SideSpec", "alternate", "start_sides"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_S = 300.0
@@ -48,18 +48,6 @@ class SideSpec:
     options: Mapping[str, Any]
     python: str = sys.executable
     num_threads: int = 2
-
-
-def peer_python() -> str:
-    """The interpreter of the peers' environment.
-
-    Raises:
-        BenchError: `make bench-setup` has not been run.
-    """
-    python = _ROOT / os.environ.get("VENV_BENCH", ".venv-bench") / "bin" / "python"
-    if not python.is_file():
-        raise BenchError(f"{python} is not there: run `make bench-setup` first")
-    return str(python)
 
 
 class Side:

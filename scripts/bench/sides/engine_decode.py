@@ -28,7 +28,8 @@ def main() -> int:
         "stop_token_ids": [EOS] if options["is_variable"] else [],
     }
     policy = set_up_alone(
-        PolicyInference("policy"), {**shape.as_fields(), "generation": generation}
+        PolicyInference("policy"),
+        {**shape.as_fields(), "pretrained": options["weights"], "generation": generation},
     )
     draw, numbers = random.Random(0), itertools.count()
 

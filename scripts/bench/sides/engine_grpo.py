@@ -50,7 +50,7 @@ def build_config(options: dict[str, Any], address: str) -> dict[str, Any]:
     """The configuration of the run: three Megatron models and the reward."""
     shape = Shape(**options["shape"])
     stop = [EOS] if options["is_variable"] else []
-    model = {**shape.as_fields(), "num_gpu": 1}
+    model = {**shape.as_fields(), "pretrained": options["weights"], "num_gpu": 1}
     generation = {
         "max_new_tokens": options["new_tokens"],
         "num_slots": options["num_slots"],

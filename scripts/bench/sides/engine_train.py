@@ -22,6 +22,8 @@ def main() -> int:
     torch.set_num_threads(options["num_threads"])
     shape = Shape(**options["shape"])
     fields = {**shape.as_fields(), "lr": 1e-4, **options.get("fields", {})}
+    if "weights" in options:
+        fields["pretrained"] = options["weights"]
     runtime = {"algorithm": {"loss": "sft"}}
     trainer = set_up_alone(PolicyTrainer("trainer"), fields, runtime)
     steps = build_steps(StepPlan(**options["plan"]), shape.vocab_size)

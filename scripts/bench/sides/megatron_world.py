@@ -16,6 +16,7 @@ from chatlearn.engine.worker_calls import set_up_module
 from chatlearn.parallel.layout import ParallelLayout
 from chatlearn.runtime.process_world import WorkerIdentity, join_world
 from megatron_adapters.model_config import build_settings
+from megatron_adapters.precision import with_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ def set_up_alone(
 def resolve_dtype(shape: Shape) -> str:
     """The dtype that a model gets here where its config says nothing."""
     fields = load_config({"models": {"m": shape.as_fields()}}).model("m").megatron
+    fields = with_precision(fields, "cpu")
     settings = build_settings("m", fields, ParallelLayout(), torch.device("cpu"))
     return str(settings.transformer.params_dtype).removeprefix("torch.")
 

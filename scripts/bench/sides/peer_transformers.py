@@ -108,7 +108,8 @@ def main() -> int:
     given = parse_side_arguments()
     options = given.options
     torch.set_num_threads(options["num_threads"])
-    model = build_llama(Shape(**options["shape"])).to(getattr(torch, options["dtype"]))
+    dtype = getattr(torch, options["dtype"])
+    model = LlamaForCausalLM.from_pretrained(options["weights"], dtype=dtype)
     build = build_train if "plan" in options else build_generate
     count = sum(parameter.numel() for parameter in model.parameters())
     hello = {"num_parameters": count, "dtype": options["dtype"]}

@@ -1,5 +1,5 @@
 # pyright: standard, reportPrivateImportUsage=false
-"""The peer for GRPO steps: TRL's `GRPOTrainer` on a Llama made on the spot."""
+"""The peer for GRPO steps: TRL's `GRPOTrainer` on the weights that all sides start from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import torch
 from transformers import TrainerCallback
 
 from scripts.bench.sides.gate import Gate, StepGate, parse_side_arguments
-from scripts.bench.sides.peer_transformers import build_llama
-from scripts.bench.workload import Shape
 
 _NUM_PROMPTS = 512
 
@@ -67,7 +65,7 @@ def build_trainer(options: dict[str, Any], gate: StepGate) -> Any:
         for _ in range(_NUM_PROMPTS)
     ]
     settings = GRPOConfig(
-        output_dir=options["model_folder"],
+        output_dir=options["folder"],
         per_device_train_batch_size=options["num_prompts"] * options["num_samples"],
         num_generations=options["num_samples"],
         max_completion_length=new_tokens,
@@ -84,7 +82,7 @@ def build_trainer(options: dict[str, Any], gate: StepGate) -> Any:
         generation_kwargs=None if options["is_variable"] else {"min_new_tokens": new_tokens},
     )
     return GRPOTrainer(
-        model=options["model_folder"],
+        model=options["weights"],
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=build_tokenizer(),
@@ -94,15 +92,14 @@ def build_trainer(options: dict[str, Any], gate: StepGate) -> Any:
 
 
 def main() -> int:
-    """Make the model, then step by step what is ordered."""
+    """Load the model, then step by step what is ordered."""
     warnings.filterwarnings("ignore")
     given = parse_side_arguments()
     options = given.options
     torch.set_num_threads(options["num_threads"])
     with tempfile.TemporaryDirectory() as folder:
-        build_llama(Shape(**options["shape"])).save_pretrained(folder)
         gate = StepGate(Gate(given.address))
-        trainer = build_trainer({**options, "model_folder": folder}, gate)
+        trainer = build_trainer({**options, "folder": folder}, gate)
         count = sum(parameter.numel() for parameter in trainer.model.parameters())
         gate.greet_with(num_parameters=count, dtype=options["dtype"])
         trainer.train()

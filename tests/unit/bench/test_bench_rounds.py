@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from scripts.bench.rounds import BenchError, SideSpec, alternate, peer_python, start_sides
+from scripts.bench.peers import peer_python
+from scripts.bench.rounds import BenchError, SideSpec, alternate, start_sides
 from scripts.bench.sides.gate import Gate, StepGate
 
 SIDE = """
@@ -71,8 +72,9 @@ def test_a_side_that_dies_says_why(python):
         sides[0].run({"die": True})
 
 
-def test_a_missing_peer_environment_names_the_command(monkeypatch, tmp_path):
-    monkeypatch.setenv("VENV_BENCH", str(tmp_path))
+def test_an_environment_of_the_peers_that_cannot_be_built_names_the_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("VENV_BENCH", str(tmp_path / "missing"))
+    monkeypatch.setenv("PYTHON", str(tmp_path / "no-python"))
     with pytest.raises(BenchError, match="make bench-setup"):
         peer_python()
 

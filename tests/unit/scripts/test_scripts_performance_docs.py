@@ -51,25 +51,24 @@ def test_the_budget_has_times_only_where_limits_are_known():
 
 def test_measures_become_lines_of_a_table():
     measure = {
-        "name": "grpo_fixed",
-        "what": "GRPO step",
-        "value": 1.834,
-        "unit": "x samples/s",
+        "ours": 40.04,
+        "peer": 21.83,
+        "ratio": 1.834,
         "bar": 1.7,
-        "is_cap": False,
         "is_met": True,
-        "details": {
-            "ours": 40.04,
-            "peer": 21.83,
-            "dtype": "float32",
-            "peer_dtype": "bfloat16",
-            "spread": 0.05,
-        },
+        "what": "GRPO step",
+        "unit": "samples/s",
+        "dtype": "float32",
+        "peer_dtype": "bfloat16",
+        "spread": 0.05,
     }
     machine = {"processor": "P", "cores": 2, "memory_gb": 24.0}
-    text = render_measured([{"machine": machine, "measures": [measure]}], "2026-01-01")
-    assert (
-        "| `grpo_fixed` | GRPO step | 40.04 | 21.83 | spread 0.05 | float32 / bfloat16 "
-        "| 1.83 x samples/s | at least 1.7 | yes |\n"
-    ) in text
+    found = {"machine": machine, "measures": {"m": measure}, "other": {"m": measure}}
+    text = render_measured([found], "2026-01-01")
+    line = (
+        "GRPO step | 40.04 | 21.83 | samples/s | spread 0.05 | float32 / bfloat16 "
+        "| 1.83 | 1.7 | yes |\n"
+    )
+    assert f"| `m` | {line}" in text
+    assert f"| `m, ray` | {line}" in text
     assert "Measured on 2026-01-01: P, 2 cores, 24 GB, 2 threads a side." in text

@@ -1,4 +1,4 @@
-"""GRPO steps of this project beside TRL's, in one run: `scripts/bench/grpo.py`.
+"""GRPO steps of this project beside TRL's, in one run, from the same weights.
 
 A real `GRPOEngine` (Megatron policy, reference and trainer, a reward in Python, weight sync
 included) and TRL's `GRPOTrainer` make steps in turns, each in processes of its own that sleep
@@ -18,6 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    # Started as a file: what is beside it must not hide installed packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from scripts.bench.dtypes import list_dtypes
 from scripts.bench.measures import (
     Measure,
@@ -25,19 +29,19 @@ from scripts.bench.measures import (
     compute_rates,
     find_best_peer,
     print_measures,
-    ratio_of_medians,
     say,
     spread,
     warn_of_company,
 )
 from scripts.bench.memory import PeakMemory
-from scripts.bench.rounds import BenchError, Side, SideSpec, alternate, peer_python, start_sides
+from scripts.bench.peers import peer_python, start_weights
+from scripts.bench.rounds import BenchError, Side, SideSpec, alternate, start_sides
 from scripts.bench.timeline_overhead import Span, compute_overhead, read_metric, read_spans
 from scripts.bench.workload import BENCH_SHAPE, Shape
 
 __all__ = ["build_options", "main", "parse_arguments"]
 
-_PARTS = ("fixed", "variable", "memory")
+_PARTS = ("fixed", "variable", "memory", "ray")
 _OURS = "chatlearn"
 _OVERHEAD_METRIC = "engine_overhead"
 
@@ -46,30 +50,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; gives the exit code."""
     given = parse_arguments(arguments)
     measures: list[Measure] = []
+    other: list[Measure] = []
     try:
         dtypes = given.peer_dtypes or list_dtypes()
         best = dtypes[0]
         if "fixed" in given.parts:
-            found = _compare(given, dtypes, is_variable=False)
+            found = _compare(given, "local", dtypes, is_variable=False)
             measures += found
             best = found[0].details["peer_dtype"]
         if "variable" in given.parts:
-            measures += _compare(given, dtypes, is_variable=True)[:1]
+            measures += _compare(given, "local", dtypes, is_variable=True)[:1]
         if "memory" in given.parts:
             measures.append(_measure_memory(given, best))
+        if "ray" in given.parts:
+            other += _compare(given, "ray", [best], is_variable=False)
     except (BenchError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    print_measures("GRPO steps, medians", measures, as_json=given.json)
+    print_measures("GRPO steps, medians", measures, other, as_json=given.json)
     return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(prog="scripts/bench/grpo.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/bench/grpo_vs_trl.py", description=__doc__)
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
-    parser.add_argument("--backend", choices=("local", "ray"), default="local", help="ours")
     parser.add_argument("--rounds", type=int, default=5, help="of each side")
     parser.add_argument("--steps", type=int, default=2, help="of each round")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
@@ -116,7 +122,7 @@ def _trl(options: Mapping[str, Any], dtype: str) -> SideSpec:
 
 
 def _compare(
-    given: argparse.Namespace, dtypes: Sequence[str], *, is_variable: bool
+    given: argparse.Namespace, backend: str, dtypes: Sequence[str], *, is_variable: bool
 ) -> list[Measure]:
     """Samples per second against TRL, then the engine's overhead."""
     name = "grpo_variable" if is_variable else "grpo_fixed"
@@ -124,8 +130,12 @@ def _compare(
     num_steps = (given.rounds + 1) * given.steps + 1
     options = build_options(given, is_variable=is_variable, num_steps=num_steps)
     order = {"steps": given.steps}
-    with tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as folder:
-        specs = [_ours(options, given.backend, folder), *(_trl(options, d) for d in dtypes)]
+    with (
+        tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as folder,
+        start_weights(options["shape"]) as weights,
+    ):
+        options["weights"] = weights
+        specs = [_ours(options, backend, folder), *(_trl(options, d) for d in dtypes)]
         with start_sides(specs) as sides:
             say(f"{name}: all sides are up")
             warn_of_company()
@@ -136,22 +146,21 @@ def _compare(
     rates = {side: compute_rates(reports, "samples") for side, reports in found.items()}
     best = find_best_peer(rates, _OURS)
     details = {
-        "ours": statistics.median(rates[_OURS]),
-        "peer": statistics.median(rates[best]),
-        "peer_dtype": best.rpartition(" ")[2],
         "dtype": dtype,
-        "backend": given.backend,
+        "peer_dtype": best.rpartition(" ")[2],
+        "backend": backend,
+        "layout": "one rank a model",
         "spread": max(spread(values) for values in rates.values()),
         "mean_tokens": _mean_tokens(found[_OURS]),
         "peer_mean_tokens": _mean_tokens(found[best]),
         "parameters": num_parameters,
         "rates": {side: [round(value, 3) for value in rate] for side, rate in rates.items()},
     }
-    ratio = ratio_of_medians(rates[_OURS], rates[best])
+    ours, peer = (statistics.median(rates[side]) for side in (_OURS, best))
     lengths = "lengths up to 256" if is_variable else "64 new tokens"
     bar = 4.0 if is_variable else 1.7
     what = f"GRPO step, 8 x 8 samples, {lengths}, against TRL"
-    return [Measure(name, what, ratio, "x samples/s", bar, details=details), overhead]
+    return [Measure(name, what, ours, peer, "samples/s", bar, details=details), overhead]
 
 
 def _measure_overhead(folder: Path, reports: Sequence[Mapping[str, Any]]) -> Measure:
@@ -164,14 +173,18 @@ def _measure_overhead(folder: Path, reports: Sequence[Mapping[str, Any]]) -> Mea
         details["metric_of_the_run"] = statistics.median(reported)
     percent = 100 * statistics.median(shares)
     what = "share of a step in which no worker is busy"
-    return Measure(_OVERHEAD_METRIC, what, percent, "%", 3.0, is_cap=True, details=details)
+    return Measure(_OVERHEAD_METRIC, what, percent, 3.0, "%", 1.0, is_cap=True, details=details)
 
 
 def _measure_memory(given: argparse.Namespace, peer_dtype: str) -> Measure:
     """Peak of each side's process tree while it makes steps, one side alive at a time."""
     options = build_options(given, is_variable=False, num_steps=2 * given.steps + 1)
     peaks: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as folder,
+        start_weights(options["shape"]) as weights,
+    ):
+        options["weights"] = weights
         specs = {
             "local": _ours(options, "local", folder),
             "ray": _ours(options, "ray", folder),
@@ -182,15 +195,9 @@ def _measure_memory(given: argparse.Namespace, peer_dtype: str) -> Measure:
                 peaks[name] = _peak_megabytes(sides[0], {"steps": given.steps})
             say(f"grpo_memory: {name} {peaks[name]:.0f} MB")
     what = "peak memory of GRPO steps (PSS of all processes), local backend, against TRL"
-    ratio = peaks["local"] / peaks["trl"]
-    details = {
-        "ours": peaks["local"],
-        "peer": peaks["trl"],
-        "ray": peaks["ray"],
-        "peer_dtype": peer_dtype,
-        "in": "MB",
-    }
-    return Measure("grpo_memory", what, ratio, "x bytes", 1.0, is_cap=True, details=details)
+    details = {"backend": "local", "ray": peaks["ray"], "peer_dtype": peer_dtype}
+    ours, peer = peaks["local"], peaks["trl"]
+    return Measure("grpo_memory", what, ours, peer, "MB", 1.0, is_cap=True, details=details)
 
 
 def _peak_megabytes(side: Side, order: Mapping[str, Any]) -> float:

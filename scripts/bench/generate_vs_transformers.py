@@ -1,7 +1,8 @@
-"""Decoding of this project beside transformers' `generate`, in one run: `scripts/bench/decode.py`.
+"""Decoding of this project beside transformers' `generate`, in one run.
 
-A `PolicyInference` and a transformers Llama of the same shape answer prompts in turns; beside them
-a bare decode loop in torch. A measurement with company is worthless: run it alone on the machine.
+A `PolicyInference` and a transformers Llama of the same weights answer prompts in turns; beside
+them a bare decode loop in torch. A measurement with company is worthless: run it alone on the
+machine.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ import argparse
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+if not __package__:
+    # Started as a file: what is beside it must not hide installed packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from scripts.bench.dtypes import list_dtypes
 from scripts.bench.measures import (
@@ -21,12 +27,12 @@ from scripts.bench.measures import (
     compute_rates,
     find_best_peer,
     print_measures,
-    ratio_of_medians,
     say,
     spread,
     warn_of_company,
 )
-from scripts.bench.rounds import BenchError, SideSpec, alternate, peer_python, start_sides
+from scripts.bench.peers import peer_python, start_weights
+from scripts.bench.rounds import BenchError, SideSpec, alternate, start_sides
 from scripts.bench.workload import BENCH_SHAPE, Shape
 
 __all__ = ["build_options", "main", "parse_arguments"]
@@ -53,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(prog="scripts/bench/decode.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench/generate_vs_transformers.py", description=__doc__
+    )
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
     parser.add_argument("--rounds", type=int, default=7, help="of each side")
@@ -83,7 +91,15 @@ def build_options(given: argparse.Namespace, *, is_variable: bool) -> dict[str, 
 def _compare(given: argparse.Namespace, dtypes: Sequence[str], *, is_variable: bool) -> Measure:
     """Tokens per second against transformers, and beside a bare loop where lengths are fixed."""
     name = "decode_variable" if is_variable else "decode_fixed"
-    options, threads = build_options(given, is_variable=is_variable), given.threads
+    options = build_options(given, is_variable=is_variable)
+    with start_weights(options["shape"]) as folder:
+        return _run_sides(given, dtypes, name, {**options, "weights": folder})
+
+
+def _run_sides(
+    given: argparse.Namespace, dtypes: Sequence[str], name: str, options: Mapping[str, Any]
+) -> Measure:
+    is_variable, threads = options["is_variable"], given.threads
     python = peer_python()
     specs = [SideSpec(_OURS, "engine_decode", options, num_threads=threads)]
     specs += [
@@ -105,10 +121,10 @@ def _compare(given: argparse.Namespace, dtypes: Sequence[str], *, is_variable: b
     peers = {side: rate for side, rate in rates.items() if not side.startswith(_BARE)}
     best = find_best_peer(peers, _OURS)
     details: dict[str, Any] = {
-        "ours": statistics.median(rates[_OURS]),
-        "peer": statistics.median(rates[best]),
-        "peer_dtype": best.rpartition(" ")[2],
         "dtype": dtype,
+        "peer_dtype": best.rpartition(" ")[2],
+        "backend": "one process",
+        "layout": "one rank",
         "spread": max(spread(values) for values in rates.values()),
         "parameters": num_parameters,
     }
@@ -117,8 +133,9 @@ def _compare(given: argparse.Namespace, dtypes: Sequence[str], *, is_variable: b
     details["rates"] = {side: [round(value) for value in rate] for side, rate in rates.items()}
     fixed, variable = "64 x 64 tokens after 32", "256 requests of up to 256 tokens"
     what = f"decoding, {variable if is_variable else fixed}, against transformers"
-    ratio = ratio_of_medians(rates[_OURS], rates[best])
-    return Measure(name, what, ratio, "x tokens/s", 4.0 if is_variable else 1.6, details=details)
+    ours, peer = (statistics.median(rates[side]) for side in (_OURS, best))
+    bar = 4.0 if is_variable else 1.6
+    return Measure(name, what, ours, peer, "tokens/s", bar, details=details)
 
 
 if __name__ == "__main__":

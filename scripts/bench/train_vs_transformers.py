@@ -1,6 +1,6 @@
-"""Training steps of this project beside transformers', in one run: `scripts/bench/train.py`.
+"""Training steps of this project beside transformers', in one run.
 
-A `PolicyTrainer` and a transformers Llama of the same shape make supervised steps on the same
+A `PolicyTrainer` and a transformers Llama of the same weights make supervised steps on the same
 rows in turns; then the share of the machine's matrix-product rate that a step reaches. A
 measurement with company is worthless: run it alone on the machine.
 """
@@ -11,9 +11,14 @@ import argparse
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+if not __package__:
+    # Started as a file: what is beside it must not hide installed packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from scripts.bench.dtypes import list_dtypes
 from scripts.bench.measures import (
@@ -21,12 +26,12 @@ from scripts.bench.measures import (
     check_equal_parameters,
     compute_rates,
     print_measures,
-    ratio_of_medians,
     say,
     spread,
     warn_of_company,
 )
-from scripts.bench.rounds import BenchError, SideSpec, alternate, peer_python, start_sides
+from scripts.bench.peers import peer_python, start_weights
+from scripts.bench.rounds import BenchError, SideSpec, alternate, start_sides
 from scripts.bench.sides.steps import StepPlan
 from scripts.bench.workload import BENCH_SHAPE, WIDE_SHAPE, Shape
 
@@ -53,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(prog="scripts/bench/train.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench/train_vs_transformers.py", description=__doc__
+    )
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
     parser.add_argument("--rounds", type=int, default=7, help="of each side")
@@ -84,7 +91,13 @@ def _options(given: argparse.Namespace, part: str) -> dict[str, Any]:
 
 def _compare(given: argparse.Namespace, part: str) -> Measure:
     """Real tokens per second against transformers at the same dtype."""
-    options, threads = _options(given, part), given.threads
+    options = _options(given, part)
+    with start_weights(options["shape"]) as folder:
+        return _run_sides(given, part, {**options, "weights": folder})
+
+
+def _run_sides(given: argparse.Namespace, part: str, options: Mapping[str, Any]) -> Measure:
+    threads = given.threads
     with start_sides([SideSpec(_OURS, "engine_train", options, num_threads=threads)]) as ours:
         dtype = ours[0].hello["dtype"]
         spec = SideSpec(
@@ -99,18 +112,19 @@ def _compare(given: argparse.Namespace, part: str) -> Measure:
             found = alternate(sides, order, num_rounds=given.rounds, warmup={})
     rates = {side: compute_rates(reports, "tokens") for side, reports in found.items()}
     details = {
-        "ours": statistics.median(rates[_OURS]),
-        "peer": statistics.median(rates[_PEER]),
         "dtype": dtype,
+        "peer_dtype": dtype,
+        "backend": "one process",
+        "layout": "one rank",
         "spread": max(spread(values) for values in rates.values()),
         "parameters": num_parameters,
         "rates": {side: [round(value) for value in rate] for side, rate in rates.items()},
     }
     rows = "64 rows of 96" if part == "fixed" else "64 long-tailed rows, cap 512"
-    ratio = ratio_of_medians(rates[_OURS], rates[_PEER])
+    ours, peer = (statistics.median(rates[side]) for side in (_OURS, _PEER))
     what = f"training step, {rows}, against transformers"
     bar = 1.1 if part == "fixed" else 2.0
-    return Measure(f"train_{part}", what, ratio, "x real tokens/s", bar, details=details)
+    return Measure(f"train_{part}", what, ours, peer, "real tokens/s", bar, details=details)
 
 
 def _measure_mfu(given: argparse.Namespace) -> Measure:
@@ -130,16 +144,13 @@ def _measure_mfu(given: argparse.Namespace) -> Measure:
             products.append(sides[0].run({"matmul": size})["amounts"]["flops_per_s"])
             steps += compute_rates([sides[0].run({})], "flops")
     details = {
-        "step": statistics.median(steps) / 1e9,
-        "product": statistics.median(products) / 1e9,
-        "in": "GFLOP/s",
         "dtype": dtype,
         "spread": max(spread(steps), spread(products)),
         "parameters": sides[0].hello["num_parameters"],
     }
-    percent = 100 * ratio_of_medians(steps, products)
+    ours, product = statistics.median(steps) / 1e9, statistics.median(products) / 1e9
     what = f"FLOP utilisation of a {dtype} step at hidden 1,024, against a {size}^3 product"
-    return Measure("train_mfu", what, percent, "%", 60.0, details=details)
+    return Measure("train_mfu", what, ours, product, "GFLOP/s", 0.6, details=details)
 
 
 if __name__ == "__main__":
