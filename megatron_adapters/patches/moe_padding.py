@@ -34,7 +34,7 @@ def apply() -> None:
     count: Any = router.get_tokens_per_expert_and_token_count
     expect_source(count, "total_num_tokens = global_tokens_per_expert.sum() / topk", "moe_padding")
 
-    def count_at_least_one(*args: Any, **options: Any) -> tuple[Any, Any, Any]:
+    def count_at_least_one(*args: Any, **options: Any) -> Any:
         per_expert, own, total = count(*args, **options)
         return per_expert, own, total.clamp(min=1) if isinstance(total, torch.Tensor) else total
 
