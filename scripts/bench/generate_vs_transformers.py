@@ -66,7 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
     parser.add_argument("--rounds", type=int, default=7, help="of each side")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
-    parser.add_argument("--num-slots", type=int, default=64, help="ours: sequences in flight")
+    parser.add_argument("--num-slots", type=int, help="ours: sequences in flight; its default: all")
     parser.add_argument("--peer-dtypes", nargs="+", choices=("float32", "bfloat16"))
     parser.add_argument("--quick", action="store_true", help="tiny: only to see it run")
     return parser.parse_args(arguments)

@@ -79,7 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=int, default=5, help="of each side")
     parser.add_argument("--steps", type=int, default=2, help="of each round")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
-    parser.add_argument("--num-slots", type=int, default=64, help="ours: sequences in flight")
+    parser.add_argument("--num-slots", type=int, help="ours: sequences in flight; its default: all")
     parser.add_argument("--micro-batch-size", type=int, default=64, help="ours: rows of a pass")
     parser.add_argument("--old-logprobs", choices=("recompute", "rollout"), help="ours")
     parser.add_argument("--peer-dtypes", nargs="+", choices=("float32", "bfloat16"))

@@ -89,7 +89,8 @@ def _median_seconds(work: Callable[[], object], device: str) -> float:
     """Of repeats that take half a second together, after one that does not count."""
     work()
     seconds: list[float] = []
-    while sum(seconds) < _SECONDS or len(seconds) < 3:
+    total_s = 0.0
+    while total_s < _SECONDS or len(seconds) < 3:
         if device != "cpu":
             torch.cuda.synchronize()
         start_s = time.perf_counter()
@@ -97,6 +98,7 @@ def _median_seconds(work: Callable[[], object], device: str) -> float:
         if device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start_s)
+        total_s += seconds[-1]
     return statistics.median(seconds)
 
 

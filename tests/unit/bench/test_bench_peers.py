@@ -185,4 +185,4 @@ def test_the_decoding_bound_of_one_sequence_is_that_of_the_weights():
 
 
 def test_a_copy_of_memory_has_a_rate():
-    assert measure_copy(1 << 20) > 1e8
+    assert 1e7 < measure_copy(1 << 20) < 1e12
