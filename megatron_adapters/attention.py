@@ -190,7 +190,7 @@ def attend(
     for block, (queries, keys, values) in zip(plan.blocks, parts, strict=True):
         mask = block.window_mask if is_windowed else block.mask
         if dropout == 0.0 and is_short(queries, keys):
-            context = attend_short(queries, keys, values, mask, scale)
+            context = attend_short(queries, keys, values, mask, offset=block.offset, scale=scale)
         else:
             context = functional.scaled_dot_product_attention(
                 queries,

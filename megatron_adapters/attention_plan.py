@@ -60,6 +60,7 @@ class AttentionBlock:
         mask: [batch, 1, num_queries, num_keys], 0 where a query may look and -inf elsewhere; None:
             causal.
         window_mask: the same for layers with a sliding window; None where no layer has one.
+        offset: query i sees none but the first `offset + i + 1` keys.
     """
 
     batch: int
@@ -68,6 +69,7 @@ class AttentionBlock:
     first: int | None = None
     mask: torch.Tensor | None = None
     window_mask: torch.Tensor | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,8 @@ def _build_block(
     windowed = None
     if window is not None:
         windowed = _to_scores((distance >= 0) & (distance <= window), dtype, device)
-    return AttentionBlock(len(bucket), num_queries, num_keys, None, mask, windowed)
+    offset = max(piece.segment.first_position + piece.low for piece in bucket)
+    return AttentionBlock(len(bucket), num_queries, num_keys, None, mask, windowed, offset)
 
 
 def _most_queries(bucket: Sequence[_Piece]) -> int:

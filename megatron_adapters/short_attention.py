@@ -1,10 +1,12 @@
 # pyright: standard, reportPrivateImportUsage=false
-"""Attention over short sequences on a processor, as batched matrix products.
+"""Attention over sequences of up to some hundred tokens on a processor, as batched matrix products.
 
-torch's fused kernel for processors is made for long sequences; its gradient in bfloat16 is slower
-than in float32. Up to some hundred keys the products are faster, and their scores are few.
+torch's fused kernel for processors pays off for long sequences only; its gradient is slow, most of
+all in bfloat16. Queries are cut to pieces, each with the keys that it can see, so that about half
+of the scores are never computed.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ import torch
 __all__ = ["attend_short", "is_short"]
 
 # Most keys of a sequence for which products were measured to be faster than the fused kernel.
-_MOST_KEYS = {torch.float32: 128, torch.bfloat16: 256}
+_MOST_KEYS = {torch.float32: 512, torch.bfloat16: 1024}
+_PIECE = 64
 
 
 def is_short(queries: torch.Tensor, keys: torch.Tensor) -> bool:
@@ -34,7 +37,9 @@ def attend_short(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float | None,
+    *,
+    offset: int = 0,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """`softmax(scale * queries keys^T + mask) values`, scores in float32.
 
@@ -42,17 +47,52 @@ def attend_short(
         queries: [batch, heads, queries, size], heads a multiple of the groups.
         keys: [batch, groups, keys, size].
         values: [batch, groups, keys, value size].
-        mask: [batch, 1, queries, keys], added to the scores; None: causal, as many queries as keys.
+        mask: [batch, 1, queries, keys], added to the scores; None: causal.
+        offset: query i of a sequence sees none but its first `offset + i + 1` keys.
         scale: None: 1 / sqrt(size).
 
     Returns:
         [batch, heads, queries, value size].
     """
-    if mask is None:
-        count = queries.shape[2]
-        mask = torch.full((count, count), float("-inf"), dtype=torch.float32).triu_(1)
     factor = queries.shape[-1] ** -0.5 if scale is None else scale
-    return _ShortAttention.apply(queries, keys, values, mask, factor)
+    return _ShortAttention.apply(queries, keys, values, mask, factor, offset)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Queries that are next to each other, and the keys that they can see.
+
+    Attributes:
+        first: the first query.
+        stop: after the last.
+        num_keys: which they can see, the first of the sequence.
+    """
+
+    first: int
+    stop: int
+    num_keys: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.first, self.stop)
+
+    def of(self, mask: torch.Tensor) -> torch.Tensor:
+        return mask[:, :, self.queries, : self.num_keys]
+
+
+def _cut(num_queries: int, num_keys: int, offset: int) -> list[_Piece]:
+    count = max(1, round(num_queries / _PIECE))
+    cuts = [number * num_queries // count for number in range(count + 1)]
+    return [
+        _Piece(first, stop, min(num_keys, offset + stop))
+        for first, stop in zip(cuts, cuts[1:], strict=False)
+    ]
+
+
+def _hide_later(piece: _Piece) -> torch.Tensor:
+    """[queries, keys] float32: -inf at the keys that come after a query."""
+    count = piece.stop - piece.first
+    return torch.full((count, piece.num_keys), float("-inf")).triu_(1 + piece.first)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -62,37 +102,55 @@ class _ShortAttention(torch.autograd.Function):
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
         scale: float,
+        offset: int,
     ) -> torch.Tensor:
         batch, heads, num_queries, size = queries.shape
         groups, num_keys = keys.shape[1:3]
-        rows = heads // groups * num_queries
         # Heads of a group are further queries of it.
-        flat_queries = queries.reshape(batch * groups, rows, size)
+        rows = queries.reshape(batch * groups, heads // groups, num_queries, size)
         flat_keys = keys.reshape(batch * groups, num_keys, size)
         flat_values = values.reshape(batch * groups, num_keys, -1)
-        scores = torch.bmm(flat_queries.float(), flat_keys.float().transpose(1, 2))
-        scores = scores.view(batch, heads, num_queries, num_keys)
-        # In one pass: scale * scores + mask.
-        torch.add(mask, scores, alpha=scale, out=scores)
-        weights = torch.softmax(scores, dim=-1).to(queries.dtype)
-        weights = weights.view(batch * groups, rows, num_keys)
-        ctx.save_for_backward(flat_queries, flat_keys, flat_values, weights)
-        ctx.scale = scale
+        wide_keys = flat_keys.float()
+        pieces = _cut(num_queries, num_keys, offset)
+        context = rows.new_empty((*rows.shape[:3], flat_values.shape[-1]))
+        weights: list[torch.Tensor] = []
+        for piece in pieces:
+            some = rows[:, :, piece.queries].reshape(batch * groups, -1, size)
+            scores = torch.bmm(some.float(), wide_keys[:, : piece.num_keys].transpose(1, 2))
+            scores = scores.view(batch, heads, -1, piece.num_keys)
+            hidden = _hide_later(piece) if mask is None else piece.of(mask)
+            # In one pass: scale * scores + mask.
+            torch.add(hidden, scores, alpha=scale, out=scores)
+            chosen = torch.softmax(scores, dim=-1).to(queries.dtype)
+            chosen = chosen.view(batch * groups, -1, piece.num_keys)
+            found = torch.bmm(chosen, flat_values[:, : piece.num_keys])
+            context[:, :, piece.queries] = found.view(*rows.shape[:2], -1, values.shape[-1])
+            weights.append(chosen)
+        ctx.save_for_backward(rows, flat_keys, flat_values, *weights)
+        ctx.scale, ctx.pieces = scale, pieces
         ctx.shapes = (queries.shape, keys.shape, values.shape)
-        return torch.bmm(weights, flat_values).view(batch, heads, num_queries, -1)
+        return context.view(batch, heads, num_queries, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        queries, keys, values, weights = ctx.saved_tensors
-        gradient = gradients[0].reshape(len(queries), queries.shape[1], -1)
-        by_values = torch.bmm(weights.transpose(1, 2), gradient)
-        by_weights = torch.bmm(gradient, values.transpose(1, 2))
-        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)  # noqa: SLF001
-        by_scores.mul_(ctx.scale)
-        by_queries = torch.bmm(by_scores, keys)
-        by_keys = torch.bmm(by_scores.transpose(1, 2), queries)
-        parts = (by_queries, by_keys, by_values)
+        rows, keys, values, *weights = ctx.saved_tensors
+        gradient = gradients[0].reshape(*rows.shape[:3], -1)
+        by_rows = torch.empty_like(rows)
+        # Sums over pieces, in float32 as the kernel's.
+        by_keys, by_values = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
+        for piece, chosen in zip(ctx.pieces, weights, strict=True):
+            at = piece.queries
+            own = gradient[:, :, at].reshape(len(rows), -1, values.shape[-1])
+            some = rows[:, :, at].reshape(len(rows), -1, keys.shape[-1])
+            seen = slice(piece.num_keys)
+            by_values[:, seen] += torch.bmm(chosen.transpose(1, 2), own)
+            by_weights = torch.bmm(own, values[:, seen].transpose(1, 2))
+            by_scores = torch._softmax_backward_data(by_weights, chosen, -1, chosen.dtype)  # noqa: SLF001
+            by_scores.mul_(ctx.scale)
+            by_rows[:, :, at] = torch.bmm(by_scores, keys[:, seen]).view_as(by_rows[:, :, at])
+            by_keys[:, seen] += torch.bmm(by_scores.transpose(1, 2), some)
+        parts = (by_rows, by_keys.to(keys.dtype), by_values.to(values.dtype))
         found = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
-        return (*found, None, None)
+        return (*found, None, None, None)

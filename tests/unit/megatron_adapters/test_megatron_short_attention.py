@@ -30,7 +30,7 @@ def mask_of(num_queries, num_keys, dtype):
     """Each sequence has a prefix of its own that all its queries see."""
     at = torch.arange(num_keys)
     distance = torch.arange(num_queries)[:, None] + num_keys - num_queries - at
-    sees = (distance >= 0) & (torch.arange(1, BATCH + 1)[:, None, None] >= distance - 3)
+    sees = (distance >= 0) & (torch.arange(1, BATCH + 1)[:, None, None] >= distance - 60)
     sees[..., 0] = True
     return torch.zeros(sees.shape).masked_fill(~sees, float("-inf"))[:, None].to(dtype)
 
@@ -39,7 +39,7 @@ def mask_of(num_queries, num_keys, dtype):
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_values_and_gradients_are_those_of_the_fused_kernel(dtype, most, is_masked, scale):
-    num_queries, num_keys = (5, 9) if is_masked else (7, 7)
+    num_queries, num_keys = (150, 190) if is_masked else (200, 200)
     inputs = draw(dtype, num_queries, num_keys)
     mask = mask_of(num_queries, num_keys, dtype) if is_masked else None
     exact = [value.detach().double().requires_grad_() for value in inputs]
@@ -50,7 +50,7 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(dtype, most, is_mask
         scale=scale,
         enable_gqa=True,
     )
-    found = attend_short(*inputs, mask, scale)
+    found = attend_short(*inputs, mask, offset=num_keys - num_queries, scale=scale)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
     gradients = torch.autograd.grad((expected * weight).sum(), exact)
     own = torch.autograd.grad((found * weight.to(dtype)).sum(), inputs)
@@ -60,8 +60,8 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(dtype, most, is_mask
 
 
 def test_long_sequences_and_other_dtypes_go_to_the_fused_kernel():
-    queries, keys, _ = draw(torch.float32, 4, 129)
+    queries, keys, _ = draw(torch.float32, 4, 513)
     assert not is_short(queries, keys)
-    assert is_short(queries, keys[:, :, :128])
+    assert is_short(queries, keys[:, :, :512])
     assert is_short(queries.bfloat16(), keys.bfloat16())
     assert not is_short(queries.half(), keys.half())
