@@ -12,7 +12,7 @@ from chatlearn.cli.tables import print_table
 if TYPE_CHECKING:
     import argparse
 
-    from chatlearn.engine.replay import Replay
+    from chatlearn.engine.replayed import Replay
 
 __all__ = ["run_replay"]
 
@@ -31,7 +31,7 @@ def print_replay(replay: Replay) -> None:
     from rich.console import Console
 
     console = Console(file=sys.stdout)
-    console.print(f"then: model {replay.model!r}: {replay.fault}", markup=False, highlight=False)
+    console.print(f"then: {replay.subject}: {replay.fault}", markup=False, highlight=False)
     if not replay.is_exact:
         console.print(
             "the model was saved after the update, so the step does not begin where it did",
@@ -53,6 +53,8 @@ def print_replay(replay: Replay) -> None:
 
 def came_again(replay: Replay) -> bool:
     """Whether the number that was wrong then is as wrong now."""
+    if replay.is_again is not None:
+        return replay.is_again
     if replay.error or replay.warnings:
         return True
     now = replay.metrics.get(replay.name)

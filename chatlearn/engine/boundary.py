@@ -11,6 +11,7 @@ from chatlearn.data.relay import EpisodeRelayBuffer
 from chatlearn.data.rows import RowId
 from chatlearn.data.sampler import SamplerState
 from chatlearn.engine.checkpoints import CheckpointContent
+from chatlearn.engine.resume import PARTIAL
 from chatlearn.engine.rollout import RolloutState
 from chatlearn.engine.worker_calls import load_stale, load_trained, load_worker, mark_start
 from chatlearn.errors import ChatLearnError, CheckpointError, in_one_line
@@ -78,8 +79,9 @@ class EpisodeBoundary:
 
         An episode that is over is saved as ever. Before an episode's first update that is its
         beginning, from which a run goes on as if nothing had happened. Later the episode cannot
-        be repeated, since its trainers have gone on; it then counts as over. In deterministic
-        mode that is not saved beside an exact one.
+        be repeated, since its trainers have gone on; it then counts as over, and the checkpoint is
+        partial. In deterministic mode that is not saved where a run can go on exactly: from the
+        last checkpoint, or, where they are made regularly, from the beginning.
         """
         run = self._run
         if not run.session.plan.flows.trainable or run.rollout is None or self._start is None:
@@ -91,9 +93,17 @@ class EpisodeBoundary:
             saved = self._save_now(self._start, run.rollout)
         except ChatLearnError as error:
             return f"; nothing more could be saved: {in_one_line(error)}"
-        return f"; the last checkpoint is {saved}" if saved in before else f"; saved {saved}"
+        if saved is None:
+            return (
+                "; nothing is saved: this episode has been trained on in part, and in "
+                "deterministic mode a run goes on from where it is exact, which is its beginning"
+            )
+        if saved in before:
+            return f"; the last checkpoint is {saved}"
+        is_exact = saved in self._exact.values()
+        return f"; saved {saved}{'' if is_exact else f', {PARTIAL}'}"
 
-    def _save_now(self, start: RolloutState, rollout: Rollout) -> Path:
+    def _save_now(self, start: RolloutState, rollout: Rollout) -> Path | None:
         run, now = self._run, self._run.num_finished
         run.checkpoints.finish()
         exact = {episode: path for episode, path in self._exact.items() if path.is_dir()}
@@ -108,8 +118,11 @@ class EpisodeBoundary:
         is_start = run.session.num_updates == self._start_updates
         if is_start and now in exact:
             return exact[now]
-        if run.runtime.deterministic and exact and not is_start:
-            return exact[max(exact)]
+        if run.runtime.deterministic and not is_start:
+            if exact:
+                return exact[max(exact)]
+            if now == 0 or run.runtime.save_episode_interval:
+                return None
         if is_start:
             return self._save(self._state(start), start, history, is_async=False, is_of_start=True)
         return self._save(self._partial_state(rollout), rollout.state, history, is_async=False)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from chatlearn.errors import ChatLearnError, PlacementError
+from chatlearn.models.base import BaseModule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,7 +173,12 @@ class ReplicaRecovery:
 
     def _find_group(self, error: WorkerError) -> WorkerGroup | None:
         """The replica to replace; None where that is not enough, or not known."""
-        if error.has_lost_rows or error.model_name in self._session.plan.flows.trainable:
+        flows = self._session.plan.flows
+        if error.has_lost_rows or error.model_name in flows.trainable:
+            return None
+        module = flows.modules.get(error.model_name)
+        if module is not None and type(module).worker_state is not BaseModule.worker_state:
+            # What it keeps from row to row is in checkpoints only.
             return None
         groups = self._session.groups.get(error.model_name, ())
         return next((group for group in groups if group.replica == error.replica), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 from chatlearn.checkpoint.plain_values import load_plain
 from chatlearn.config import load_config
 from chatlearn.data.rows import RowBatch, RowId
+from chatlearn.engine.replayed import Replay
+from chatlearn.engine.reward_dump import KIND, replay_rewards
 from chatlearn.engine.worker_calls import set_up_module
 from chatlearn.errors import CheckpointError, ConfigError, DataError, WorkerError
 from chatlearn.flow.stage import StageInput, StageReport, TrainCall, run_train
@@ -29,8 +33,14 @@ if TYPE_CHECKING:
     from chatlearn.config import Config
     from chatlearn.parallel.context import WorkerContext
 
-__all__ = ["Replay", "replay_step"]
+__all__ = ["replay_step"]
 
+# Under this name a program is imported whose class is run again.
+_PROGRAM = "chatlearn_replayed_program"
+_STEP_FIELDS = (
+    *("model", "module", "method", "iteration", "num_updates", "constants", "num_lanes"),
+    *("is_before_update", "fault"),
+)
 # One rank holds the whole model.
 _ALONE = {
     "tensor_model_parallel_size": 1,
@@ -50,31 +60,6 @@ _MEGATRON_ALONE = {
     "account_for_loss_in_pipeline_split": False,
     "pipeline_model_parallel_layout": None,
 }
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What a step did when it was run again.
-
-    Attributes:
-        model: whose step it was.
-        fault: what was wrong then, for a person.
-        name: of the number that was wrong.
-        value: of that number then.
-        metrics: of the step now; empty where it raised.
-        error: what it raised now, in one line; empty where it did not.
-        is_exact: the model is as it was before the step.
-        warnings: what the step said now.
-    """
-
-    model: str
-    fault: str
-    name: str
-    value: float
-    metrics: Mapping[str, float]
-    error: str
-    is_exact: bool
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +84,8 @@ def replay_step(folder: Path, overrides: Sequence[str] = ()) -> Replay:
     """
     dump = _Dump(folder, _read_record(folder))
     record = dump.record
+    if record.get("kind") == KIND:
+        return replay_rewards(folder, record, overrides)
     config = _configure(folder, record["model"], overrides)
     module = _build(record)
     backend = LocalBackend()
@@ -121,7 +108,7 @@ def replay_step(folder: Path, overrides: Sequence[str] = ()) -> Replay:
         shutil.rmtree(run_dir, ignore_errors=True)
     fault = record["fault"]
     return Replay(
-        record["model"],
+        f"model {record['model']!r}",
         fault["text"],
         fault["name"],
         float(fault["value"]),
@@ -139,7 +126,10 @@ def _run_again(context: WorkerContext, dump: _Dump, config: Config, run_dir: Pat
     guards = config.runtime.guards.model_copy(update={"dump": False})
     runtime = config.runtime.model_copy(update={"guards": guards})
     set_up_module(context, config.model(record["model"]), runtime, run_dir)
-    module.resume_checkpoint(str(dump.folder / "model"))
+    model = dump.folder / "model"
+    if model.is_dir() and any(model.iterdir()):
+        # A module without a model has saved none.
+        module.resume_checkpoint(str(model))
     lanes = [_read_lane(dump.folder, lane) for lane in range(int(record["num_lanes"]))]
     for lane in lanes:
         module.restore_step_state(lane["step_state"])
@@ -184,10 +174,10 @@ def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     try:
         record = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-        if record["format"] != 1 or record["model"] != str(record["model"]):
+        if record["format"] != 1:
             raise ValueError(f"format {record['format']}")
-        needed = ("module", "method", "iteration", "num_updates", "constants", "num_lanes")
-        missing = [name for name in (*needed, "is_before_update", "fault") if name not in record]
+        needed = _STEP_FIELDS if record.get("kind") != KIND else ("episode", "best", "fault")
+        missing = [name for name in needed if name not in record]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
         float(record["fault"]["value"])
@@ -208,7 +198,36 @@ def _configure(folder: Path, model: str, overrides: Sequence[str]) -> Config:
 
 
 def _build(record: Mapping[str, Any]) -> BaseModule:
-    kind = load_object(record["module"], "the dump's module")
+    path: str = record["module"]
+    if record.get("program"):
+        path = _import_program(record["program"], path)
+    kind = load_object(path, "the dump's module")
     if not isinstance(kind, type) or not issubclass(kind, BaseModule):
         raise ConfigError(f"the dump's module {record['module']} is not a subclass of BaseModule")
-    return kind(record["model"])
+    arguments = [record["args"]] if record.get("args") else []
+    try:
+        return kind(record["model"], *arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"the dump's module {record['module']} is not built from a name and its arguments "
+            f"alone: {error}"
+        ) from error
+
+
+def _import_program(program: str, path: str) -> str:
+    """Import the file of a program whose class is wanted; its `__main__` part does not run."""
+    spec = importlib.util.spec_from_file_location(_PROGRAM, program)
+    if spec is None or spec.loader is None or not Path(program).is_file():
+        raise ConfigError(f"the dump's program {program} is not a Python file that is there")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_PROGRAM] = module
+    sys.path.insert(0, str(Path(program).parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"the dump's program {program} fails when it is imported: "
+            f"{type(error).__name__}: {error}; what it runs belongs under "
+            "`if __name__ == '__main__':`"
+        ) from error
+    return f"{_PROGRAM}:{path.partition(':')[2]}"

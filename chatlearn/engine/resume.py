@@ -15,9 +15,10 @@ from chatlearn.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from chatlearn.config import RuntimeConfig
 
-__all__ = ["ResumePoint", "choose_resume_point", "find_resume_point", "read_history"]
+__all__ = ["PARTIAL", "ResumePoint", "choose_resume_point", "find_resume_point", "read_history"]
 
 AUTO = "auto"
+PARTIAL = "partial: its last episode was cut short, and counts as over"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def choose_resume_point(runtime: RuntimeConfig, trained: tuple[str, ...]) -> Fou
             f"runtime.resume: {path} trains {', '.join(point.state.trained) or 'nothing'}; this "
             f"run trains {', '.join(trained) or 'nothing'}"
         )
-    return FoundPoint(point, (f"resuming {path} after episode {point.state.episode}",))
+    return FoundPoint(point, (_tell(point),))
 
 
 def find_resume_point(folders: list[Path], trained: tuple[str, ...]) -> FoundPoint:
@@ -76,8 +77,13 @@ def find_resume_point(folders: list[Path], trained: tuple[str, ...]) -> FoundPoi
         return FoundPoint(None, tuple(notes))
     path = found.checkpoint.resolve()
     point = ResumePoint(path, read_run_state(path))
-    notes.append(f"resuming {path} after episode {point.state.episode}")
+    notes.append(_tell(point))
     return FoundPoint(point, tuple(notes))
+
+
+def _tell(point: ResumePoint) -> str:
+    partial = f" ({PARTIAL})" if point.state.is_partial else ""
+    return f"resuming {point.checkpoint} after episode {point.state.episode}{partial}"
 
 
 def read_history(checkpoint: Path) -> list[dict[str, float]]:

@@ -6,11 +6,13 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
+from chatlearn.engine.reward_dump import RewardDump
 from chatlearn.errors import NumericsError
 from chatlearn.models.faults import find_reward_fault
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from chatlearn.config.guards import GuardsConfig
     from chatlearn.engine.rollout import Rollout
@@ -23,7 +25,7 @@ _REWARD = "rollout/reward"
 
 
 def may_train(
-    guards: GuardsConfig, rollout: Rollout, history: Sequence[Mapping[str, float]]
+    guards: GuardsConfig, rollout: Rollout, history: Sequence[Mapping[str, float]], run_dir: Path
 ) -> bool:
     """Whether an episode may be trained on; with a limit it waits for the whole rollout.
 
@@ -31,6 +33,7 @@ def may_train(
         guards: the limits.
         rollout: of the episode.
         history: metrics of the episodes before.
+        run_dir: where the samples of an episode that has collapsed are dumped.
 
     Raises:
         NumericsError: the mean reward has collapsed, and that ends the run.
@@ -39,10 +42,15 @@ def may_train(
         return True
     rollout.finish()
     known = [entry[_REWARD] for entry in history if math.isfinite(entry.get(_REWARD, math.nan))]
-    fault = find_reward_fault(guards, rollout.metrics().get(_REWARD), max(known, default=None))
-    if fault is None:
+    best = max(known, default=None)
+    fault = find_reward_fault(guards, rollout.metrics().get(_REWARD), best)
+    if fault is None or best is None:
         return True
+    dump = RewardDump(run_dir, guards).write(fault, rollout.fetch_made_rows(), rollout.number, best)
+    told = fault.text
+    if dump is not None:
+        told += f"; its samples are in {dump}: run `chatlearn replay` on it"
     if fault.action == "stop":
-        raise NumericsError(fault.text)
-    logger.warning("%s (%s)", fault.text, fault.action)
+        raise NumericsError(told)
+    logger.warning("%s (%s)", told, fault.action)
     return fault.action != "skip"

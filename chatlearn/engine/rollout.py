@@ -82,6 +82,10 @@ class Rollout:
         )
         self._run: FlowRun | None = None
         self._stream: StreamDataset | None = None
+        # Before a sample manager has chosen.
+        self._made: StreamDataset | None = None
+        # Of the episode, counted from 1.
+        self.number = 0
         self._num_samples = 0
         self._relay_metrics: dict[str, float] = {}
 
@@ -129,8 +133,9 @@ class Rollout:
             self._prompts.load(requests, on_row=stream.add)
         else:
             self._start_flow(self._prompts.load(requests), stream)
-        self._stream = stream
+        self._stream = self._made = stream
         self._num_samples = stream.num_rows
+        self.number = episode + 1
         if self._manager is not None:
             self._stream = stream = self._select_samples(stream, episode)
         return stream
@@ -152,9 +157,14 @@ class Rollout:
         Raises:
             DataError: two returned values share a key with different content.
         """
-        if self._stream is None:
-            return []
-        sources = self._stream.sources()
+        return [] if self._stream is None else self._fetch(self._stream)
+
+    def fetch_made_rows(self) -> list[dict[str, Any]]:
+        """As `fetch_rows`, of all samples, whatever a sample manager has chosen."""
+        return [] if self._made is None else self._fetch(self._made)
+
+    def _fetch(self, stream: StreamDataset) -> list[dict[str, Any]]:
+        sources = stream.sources()
         row_ids = tuple(sources)
         if not row_ids:
             return []

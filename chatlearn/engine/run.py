@@ -146,6 +146,10 @@ class Run:
         for episode in range(self.num_finished, self.runtime.num_episode):
             self._run_episode(self.rollout, episode)
 
+    def _may_train(self, rollout: Rollout) -> bool:
+        log = self.log
+        return may_train(self.runtime.guards, rollout, log.metrics.history, log.folder.path)
+
     def _take_start_metrics(self) -> dict[str, float]:
         taken, self.start_metrics = self.start_metrics, {}
         return taken
@@ -160,7 +164,7 @@ class Run:
         if self.engine.trainer is None:
             rollout.finish()
             self.rollouts = rollout.fetch_rows()
-        elif not may_train(self.runtime.guards, rollout, self.log.metrics.history):
+        elif not self._may_train(rollout):
             metrics["skipped_episode"] = 1.0
         else:
             records = train_on_samples(self.session, rollout, samples, self.train_iteration)

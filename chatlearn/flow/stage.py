@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from chatlearn.data.balance import RowLoad, measure_loads
 from chatlearn.data.rows import NamedInput, RowBatch, RowId, is_same_content, join_inputs
 from chatlearn.errors import DataError, NumericsError, SyncError
+from chatlearn.flow.faults import agree_on_fault, find_weight_fault
 from chatlearn.flow.step_dump import dump_step
 from chatlearn.metrics.means import mean_of_numbers
 from chatlearn.models.faults import NumericFault, find_fault
@@ -288,14 +289,22 @@ def _heed_metrics(
 ) -> list[NumericFault]:
     """Look at what a module of a user's own gives: its update is made, so skip means stop.
 
+    Every rank comes here, and all hear of the gravest fault of any, but for a module that looks at
+    its numbers itself, which has nothing left to find.
+
     Raises:
-        NumericsError: a loss (any metric whose name ends so) or the gradient norm is not finite, or
-            a number is beyond its limit, and that ends the run.
+        NumericsError: a loss (any metric whose name ends so), the gradient norm or a weight is not
+            finite, or a number is beyond its limit, and that ends the run.
     """
-    fault = find_fault(context.module.runtime_args.guards, metrics)
+    module = context.module
+    guards = module.runtime_args.guards
+    fault = find_fault(guards, metrics)
+    if not module.guards_updates:
+        own = fault or find_weight_fault(guards, module.model)
+        fault = agree_on_fault(context, own)
     if fault is None:
         return []
-    if context.layout.world_size == 1:
+    if not module.guards_updates or context.layout.world_size == 1:
         dump(fault, is_before_update=False)
     if fault.action != "warn":
         raise NumericsError(f"model {context.model_name!r}: {fault.text}{_tell_dumps(dumps)}")

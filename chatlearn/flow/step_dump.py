@@ -7,6 +7,7 @@ takes part; the folder appears as a whole.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from chatlearn.checkpoint.background import FileWriter
 from chatlearn.checkpoint.plain_values import save_plain
 from chatlearn.errors import ChatLearnError, in_one_line
+from chatlearn.flow.faults import largest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +64,7 @@ def dump_step(
     if not guards.dump:
         return None
     dumps = context.module.run_dir / "dumps"
-    number = 1 + int(_largest(context, _find_last(dumps, context)))
+    number = 1 + int(largest(context, _find_last(dumps, context)))
     if number > guards.max_dumps:
         return None
     folder = dumps / f"{context.model_name}-{number}"
@@ -90,7 +92,7 @@ def _succeeds_everywhere(context: WorkerContext, draft: Path, part: Callable[[],
         # Also tells a rank that waits for files of this one.
         shutil.rmtree(draft, ignore_errors=True)
         has_failed = True
-    return not _largest(context, float(has_failed))
+    return not largest(context, float(has_failed))
 
 
 def _find_last(dumps: Path, context: WorkerContext) -> int:
@@ -156,6 +158,8 @@ def _write_record(
         "format": 1,
         "model": context.model_name,
         "module": f"{kind.__module__}:{kind.__qualname__}",
+        "program": _find_program(kind),
+        "args": context.module.args,
         "method": call.method_name,
         "iteration": call.iteration,
         "num_updates": call.num_updates,
@@ -167,19 +171,19 @@ def _write_record(
     try:
         text = json.dumps(record, indent=1)
     except TypeError as error:
-        raise ChatLearnError(f"the step's options cannot be written: {error}") from error
+        raise ChatLearnError(
+            f"the step's options or the module's arguments cannot be written: {error}"
+        ) from error
     (draft / RECORD_FILE).write_text(text, encoding="utf-8")
     shutil.copyfile(context.module.run_dir / "config.yaml", draft / "config.yaml")
 
 
-def _largest(context: WorkerContext, number: float) -> float:
-    """The largest of a number that each rank of the replica has."""
-    if context.layout.world_size == 1:
-        return number
-    import torch
-    import torch.distributed
-
-    distributed: Any = torch.distributed
-    found = torch.tensor([number], dtype=torch.float64, device=context.device)
-    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
-    return float(found.item())
+def _find_program(kind: Any) -> str | None:
+    """The file of a class that a program defines itself, where no import finds it."""
+    if kind.__module__ != "__main__":
+        return None
+    members = cast("dict[str, Any]", dict(vars(kind)))
+    unwrap = cast("Callable[[Any], Any]", inspect.unwrap)
+    methods = [unwrap(each) for each in members.values() if callable(each)]
+    names = [str(each.__code__.co_filename) for each in methods if hasattr(each, "__code__")]
+    return os.path.abspath(names[0]) if names else None

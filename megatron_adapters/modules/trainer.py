@@ -49,6 +49,7 @@ class TrainerModule(MegatronModule):
     """A trained model. Every rank of a data-parallel copy gets the same micro-batches."""
 
     is_trained = True
+    guards_updates = True
 
     def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> Sequence[Any]:
         """Rows with token ids beside their text; see `tokenize_rows`."""

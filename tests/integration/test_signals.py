@@ -127,7 +127,7 @@ def test_a_partial_checkpoint_knows_its_updates_and_the_syncs_that_are_due(run, 
     settings = {"save_episode_interval": None, "eval_episode_interval": None}
     said, _, saved = stop("train 2", deterministic=False, **settings)
     (checkpoint,) = saved
-    assert f"; saved {checkpoint}" in said
+    assert f"; saved {checkpoint}, partial" in said
     state = read_run_state(checkpoint)
     assert (state.episode, state.is_partial) == (1, True)
     assert state.train_iteration == 3
@@ -136,3 +136,21 @@ def test_a_partial_checkpoint_knows_its_updates_and_the_syncs_that_are_due(run, 
     assert state.stale_versions == (0,)
     again = run(resume=str(checkpoint), num_episode=2, deterministic=False, **settings)
     assert [entry["step"] for entry in again.metrics] == [2]
+
+
+@pytest.mark.parametrize(("moment", "interval"), [("train 2", None), ("train 5", 3)])
+def test_where_nothing_exact_can_be_saved_a_deterministic_run_begins_again(
+    run, stop, moment, interval
+):
+    whole = run()
+    said, _, saved = stop(moment, save_episode_interval=interval)
+    assert saved == []
+    assert "nothing is saved" in said
+    assert lines(run(resume="auto").run_dir) == lines(whole.run_dir)
+
+
+def test_a_partial_checkpoint_is_called_so_when_it_is_gone_on_from(run, stop, caplog, capsys):
+    _, _, (checkpoint,) = stop("train 5", save_episode_interval=None)
+    run(resume=str(checkpoint))
+    said = caplog.text + "".join(capsys.readouterr())
+    assert f"resuming {checkpoint} after episode 2 (partial" in said

@@ -105,10 +105,10 @@ class HurtTrainer(Hurt):
         super().save_checkpoint(iteration)
 
 
-def build(folder, num_prompts=12):
+def build(folder, num_prompts=12, reward=HurtReward):
     arguments = {"folder": str(folder)}
     policy = HurtPolicy("policy", arguments)
-    reward = HurtReward("reward", arguments)
+    reward = reward("reward", arguments)
     trainer = HurtTrainer("trainer", arguments)
     engine = Engine(
         Environment(lambda b: reward.forward_step(policy.forward_step(b))),

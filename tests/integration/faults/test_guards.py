@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import megatron_runs as runs
 import pytest
@@ -217,3 +219,85 @@ def test_a_reward_that_collapses_is_noticed_before_training(learn_locally, actio
     result = learn_locally(engine, **settings)
     assert ("train/trainer/loss" in result.metrics[1]) is (action == "warn")
     assert result.metrics[1].get("skipped_episode", 0.0) == float(action == "skip")
+
+
+@pytest.mark.parametrize("action", ["stop", "warn"])
+def test_the_samples_of_a_collapse_are_dumped_and_measured_again(
+    learn_locally, tmp_path, caplog, capsys, action
+):
+    test_a_reward_that_collapses_is_noticed_before_training(learn_locally, action)
+    dump = the_dump(tmp_path)
+    assert "chatlearn replay` on it" in caplog.text or action == "stop"
+    code, said = replay(dump, capsys)
+    assert code == 0
+    assert "then: episode 2: the mean reward is 0, more than" in said.out
+    assert "the fault has come again" in said.out
+    code, said = replay(dump, capsys, "runtime.guards.reward_drop_limit=2.0")
+    assert (code, "not again" in said.out) == (0, True)
+
+
+class Diverging(chatlearn.BaseModule):
+    """Its weights, or its loss on the last rank, are no numbers after the second update."""
+
+    def setup(self):
+        self.model = torch.nn.Linear(1, 1)
+
+    def train_step(self, data, iteration):
+        if iteration == 1 and self.args["what"] == "weights":
+            torch.nn.init.constant_(self.model.weight, float("inf"))
+        is_bad = iteration == 1 and self.args["what"] == "loss" and self.rank == 1
+        return {"loss": float("nan") if is_bad else 1.0}
+
+
+def diverge(what):
+    trainer = Diverging("trainer", {"what": what})
+    engine = chatlearn.Engine(None, chatlearn.Trainer(lambda b: trainer.train_step(b)))
+    return engine.set_dataset([{"number": i} for i in range(4)])
+
+
+ONE_AT_A_TIME = {"num_episode": 1, "train_global_batch_size": 2}
+
+
+def test_weights_of_a_plain_module_that_are_no_numbers_stop_the_run(
+    learn_locally, tmp_path, capsys
+):
+    with pytest.raises(WorkerError, match="weight weight is not finite after the update"):
+        learn_locally(diverge("weights"), **ONE_AT_A_TIME)
+    code, said = replay(the_dump(tmp_path), capsys)
+    assert code == 0, said.err
+    assert "the fault has come again" in said.out
+
+
+def test_a_fault_on_one_rank_of_a_plain_module_is_dumped_by_all(learn, tmp_path):
+    with pytest.raises(WorkerError, match="the loss is nan.*chatlearn replay"):
+        learn(diverge("loss"), {"trainer": {"num_gpu": 2}}, **ONE_AT_A_TIME)
+    assert len(list(the_dump(tmp_path).glob("rows.*.pt"))) == 2
+
+
+PROGRAM = """
+import chatlearn
+
+
+class Failing(chatlearn.BaseModule):
+    def train_step(self, data):
+        return {"loss": float(self.args["loss"])}
+
+
+if __name__ == "__main__":
+    trainer = Failing("trainer", {"loss": "inf"})
+    chatlearn.init({"runtime": {"output_dir": "OUTPUT", "backend": "local", "num_episode": 1}})
+    engine = chatlearn.Engine(None, chatlearn.Trainer(lambda b: trainer.train_step(b)))
+    engine.set_dataset([{"number": 1}]).learn()
+"""
+
+
+def test_a_step_of_a_program_of_ones_own_is_run_again(tmp_path, capsys):
+    program = tmp_path / "train.py"
+    program.write_text(PROGRAM.replace("OUTPUT", str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    code, said = replay(the_dump(tmp_path), capsys)
+    assert code == 0, said.err
+    assert "the fault has come again" in said.out

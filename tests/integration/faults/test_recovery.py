@@ -90,3 +90,37 @@ def test_what_user_code_raises_is_never_tried_again(run):
 def test_without_restarts_a_death_ends_the_run(run):
     with pytest.raises(WorkerError, match="the worker process died"):
         run("reward.forward", "kill", max_restarts=0)
+
+
+class CountingReward(faults.HurtReward):
+    """Adds how many rows it has seen, which nothing but a checkpoint knows."""
+
+    def setup(self):
+        self.count = 0
+
+    def worker_state(self):
+        return {"count": self.count}
+
+    def restore_worker_state(self, state):
+        self.count = state["count"]
+
+    def forward_step(self, data):
+        self.suffer(f"forward{self.count}")
+        self.count += len(data["answer"])
+        return {**data, "rewards": [value + self.count for value in data["answer"]]}
+
+
+def test_a_module_with_a_state_of_its_own_goes_back_with_the_run(learn, tmp_path):
+    def run(moment=None):
+        folder = tmp_path / "moments"
+        folder.mkdir(exist_ok=True)
+        if moment:
+            faults.plan_fault(folder, moment, "kill")
+        engine = faults.build(folder, reward=CountingReward)
+        return learn(engine, {"policy": {"num_gpu": 1}}, **faults.SETTINGS)
+
+    whole = run()
+    result = run("reward.forward8")
+    assert account(result) == account(whole)
+    (recovery,) = recoveries(result)
+    assert recovery["kind"] == "roll_back"
