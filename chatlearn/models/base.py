@@ -80,8 +80,7 @@ class BaseModule:
         policy_version: weight syncs received so far.
         needs_whole_episode: a trainer that sets this is shown all of an episode's batches, by
             `prepare_episode`, before its first update (see `wants_whole_episode`).
-        guards_updates: the module looks at its numbers itself, before an update (`report_fault`);
-            else they are looked at after it.
+        guards_updates: the module looks at its numbers before an update (`report_fault`).
         weight_naming: what the names in `weight_shards` are: `state_dict`, the model's own names;
             `huggingface`, for a `transformers` model in `self.model`, so that a model with
             another naming can sync with it. A backend has its own.

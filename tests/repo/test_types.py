@@ -35,6 +35,7 @@ NOT_STRICT = {
     "megatron_adapters/generation_program.py",
     "megatron_adapters/layer_specs.py",
     "megatron_adapters/latent_attention.py",
+    "megatron_adapters/short_attention.py",
     "megatron_adapters/lora/layers.py",
     "megatron_adapters/lora/spec.py",
     "megatron_adapters/model_building.py",
