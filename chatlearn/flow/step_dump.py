@@ -182,8 +182,8 @@ def _find_program(kind: Any) -> str | None:
     """The file of a class that a program defines itself, where no import finds it."""
     if kind.__module__ != "__main__":
         return None
-    unwrap = cast("Callable[[Any], Any]", inspect.unwrap)
-    members = cast("dict[str, Any]", dict(vars(kind)))
-    codes: list[Any] = [getattr(unwrap(each), "__code__", None) for each in members.values()]
-    names = [str(code.co_filename) for code in codes if code is not None]
-    return os.path.abspath(names[0]) if names else None
+    for name in cast("dict[str, Any]", dict(vars(kind))):
+        code: Any = getattr(inspect.unwrap(getattr(kind, name)), "__code__", None)
+        if code is not None:
+            return os.path.abspath(code.co_filename)
+    return None
