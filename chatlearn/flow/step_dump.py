@@ -182,7 +182,7 @@ def _find_program(kind: Any) -> str | None:
     """The file of a class that a program defines itself, where no import finds it."""
     if kind.__module__ != "__main__":
         return None
-    for name in cast("dict[str, Any]", dict(vars(kind))):
+    for name in kind.__dict__:
         code: Any = getattr(inspect.unwrap(getattr(kind, name)), "__code__", None)
         if code is not None:
             return os.path.abspath(code.co_filename)
