@@ -188,13 +188,17 @@ class CheckpointSearch:
 def find_newest(folders: list[Path], trained: tuple[str, ...] | None = None) -> CheckpointSearch:
     """The newest checkpoint that verifies.
 
+    Within a folder the later episode is the newer one, whatever the clock said; only checkpoints
+    of different folders are compared by their times.
+
     Args:
         folders: `checkpoints` folders of runs.
         trained: names of the models that must be in it; None: any.
     """
-    candidates = [path for folder in folders for path in find_checkpoints(folder)]
+    candidates = [entry for folder in folders for entry in _date(folder)]
     skipped: list[tuple[Path, str]] = []
-    for path in sorted(candidates, key=_age, reverse=True):
+    # The sort is stable, so equal times leave a folder's later episodes behind the earlier ones.
+    for _, path in sorted(candidates, key=lambda entry: entry[0])[::-1]:
         reason = find_damage(path)
         if reason is None and trained is not None:
             saved = read_run_state(path).trained
@@ -206,14 +210,24 @@ def find_newest(folders: list[Path], trained: tuple[str, ...] | None = None) -> 
     return CheckpointSearch(None, tuple(skipped))
 
 
-def _age(checkpoint: Path) -> tuple[float, str]:
-    """Sorts by the time of writing, where the state can be read."""
+def _date(folder: Path) -> list[tuple[float, Path]]:
+    """A folder's checkpoints, oldest first, each with a time that no earlier one exceeds."""
+    dated: list[tuple[float, Path]] = []
+    time_s = 0.0
+    for path in find_checkpoints(folder):
+        time_s = max(time_s, _written_s(path))
+        dated.append((time_s, path))
+    return dated
+
+
+def _written_s(checkpoint: Path) -> float:
+    """When it was written, from its state where that can be read."""
     try:
-        return read_run_state(checkpoint).created_s, checkpoint.name
+        return read_run_state(checkpoint).created_s
     except CheckpointError:
         pass
     try:
-        return checkpoint.stat().st_mtime, checkpoint.name
+        return checkpoint.stat().st_mtime
     except OSError:
         # Another run has removed it meanwhile.
-        return 0.0, checkpoint.name
+        return 0.0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, replace
 
 import pytest
@@ -160,8 +161,8 @@ def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_the_others(tmp
     runs = [tmp_path / "a", tmp_path / "b"]
     save(runs[0], 1, created_s=1.0)
     good = save(runs[0], 2, created_s=3.0)
-    other = begin_checkpoint(runs[1], 9).commit(replace(STATE, trained=("v",), created_s=4.0))
-    bad = save(runs[1], 1, created_s=5.0)
+    other = begin_checkpoint(runs[1], 1).commit(replace(STATE, trained=("v",), created_s=4.0))
+    bad = save(runs[1], 9, created_s=5.0)
     damage(bad / "models/policy/model.pt", "changed")
     found = find_newest(runs, ("policy",))
     assert found.checkpoint == good
@@ -169,6 +170,26 @@ def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_the_others(tmp
     assert "checksum differs" in found.skipped[0][1]
     assert found.skipped[1][1] == "it trains v; this run trains policy"
     assert find_newest([tmp_path / "none"]).checkpoint is None
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_within_a_run_the_later_episode_is_newer_whatever_the_clock_said(tmp_path, names):
+    run, other = (tmp_path / name for name in names)
+    save(run, 2, created_s=100.0)
+    third = save(run, 3, created_s=10.0)
+    second = save(other, 2, created_s=50.0)
+    assert find_newest([tmp_path / "a", tmp_path / "b"]).checkpoint == third
+    later = save(other, 3, created_s=101.0)
+    found = find_newest([tmp_path / "a", tmp_path / "b"])
+    assert (found.checkpoint, found.skipped) == (later, ())
+    damage(later / "run_state.json", "cut short")
+    os.utime(later, (1.0, 1.0))
+    damage(third / "run_state.json", "cut short")
+    os.utime(third, (1.0, 1.0))
+    found = find_newest([tmp_path / "a", tmp_path / "b"])
+    assert found.checkpoint == run / "episode_000002"
+    assert [path for path, _ in found.skipped] == [third]
+    assert second.is_dir()
 
 
 def test_the_newest_good_checkpoint_is_never_removed(tmp_path):
