@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"episode_(\d{6,})")
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,16 @@ class CheckpointDraft:
                 read here.
 
         Raises:
-            CheckpointError: something cannot be written.
+            CheckpointError: something cannot be written, or what was written is gone.
         """
         try:
             shutil.rmtree(self.receipts, ignore_errors=True)
             write_run_state(self.folder, state)
             names = list_files(self.folder)
-            sums = {name: known[name] for name in names if known and name in known}
-            missing = [name for name in names if name not in sums]
-            write_manifest(self.folder, {**sums, **sum_files(self.folder, missing, is_synced=True)})
+            sums = dict(known or {})
+            self._check(sums)
+            unread = [name for name in names if name not in sums]
+            write_manifest(self.folder, {**sums, **sum_files(self.folder, unread, is_synced=True)})
             sync_folder(self.folder)
             if self.final.exists():
                 # It did not verify, or the run would not have come here again.
@@ -89,6 +91,26 @@ class CheckpointDraft:
         except OSError as error:
             raise CheckpointError(f"{self.final} cannot be written: {error.strerror}") from error
         return self.final
+
+    def _check(self, known: Mapping[str, FileSum]) -> None:
+        """See that files are as their writers left them, by their lengths."""
+        missing: list[str] = []
+        for name, written in sorted(known.items()):
+            path = self.folder / name
+            if not path.is_file():
+                missing.append(name)
+            elif path.stat().st_size != written.num_bytes:
+                raise CheckpointError(
+                    f"{self.final} cannot be written: {name} has {path.stat().st_size} bytes, its "
+                    f"writer left {written.num_bytes}: does something else write to {self.folder}?"
+                )
+        if missing:
+            shown = ", ".join(missing[:_MOST_NAMED])
+            more = f" and {len(missing) - _MOST_NAMED} more" if missing[_MOST_NAMED:] else ""
+            raise CheckpointError(
+                f"{self.final} cannot be written: {shown}{more} had been written and is gone: does "
+                f"something else remove files from {self.folder}, or do its nodes not share it?"
+            )
 
     def discard(self) -> None:
         """Remove what has been written."""

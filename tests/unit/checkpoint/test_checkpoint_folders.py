@@ -14,7 +14,7 @@ from chatlearn.checkpoint.folders import (
     find_newest,
     prune_checkpoints,
 )
-from chatlearn.checkpoint.manifest import verify_checkpoint
+from chatlearn.checkpoint.manifest import sum_file, verify_checkpoint
 from chatlearn.checkpoint.run_state import RunState, read_run_state
 from chatlearn.errors import CheckpointError
 
@@ -155,6 +155,27 @@ def test_a_link_is_no_part_of_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="no plain file"):
         draft.commit(STATE)
     assert find_checkpoints(tmp_path) == []
+
+
+def test_what_a_worker_has_written_must_still_be_there(tmp_path):
+    draft = begin_checkpoint(tmp_path, 3)
+    path = draft.model_folder("policy") / "model.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"12345")
+    known = {"models/policy/model.pt": sum_file(path)}
+    path.write_bytes(b"123")
+    with pytest.raises(CheckpointError, match="model.pt has 3 bytes, its writer left 5"):
+        draft.commit(STATE, known)
+    path.unlink()
+    gone = r"episode_000003 cannot be written: models/policy/model.pt had been written and is gone"
+    with pytest.raises(CheckpointError, match=gone):
+        draft.commit(STATE, known)
+    many = {f"models/{number}": known["models/policy/model.pt"] for number in range(7)}
+    with pytest.raises(CheckpointError, match=r"models/0, .*, models/4 and 2 more had been"):
+        draft.commit(STATE, many)
+    assert find_checkpoints(tmp_path) == []
+    path.write_bytes(b"12345")
+    verify_checkpoint(draft.commit(STATE, known))
 
 
 def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_the_others(tmp_path):
