@@ -21,7 +21,7 @@ from chatlearn.checkpoint.manifest import (
     write_manifest,
 )
 from chatlearn.checkpoint.run_state import RunState, read_run_state, write_run_state
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, explain_unwritten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +89,7 @@ class CheckpointDraft:
             os.replace(self.folder, self.final)
             sync_folder(self.final.parent)
         except OSError as error:
-            raise CheckpointError(f"{self.final} cannot be written: {error.strerror}") from error
+            raise CheckpointError(explain_unwritten(self.final, error)) from error
         return self.final
 
     def _check(self, known: Mapping[str, FileSum]) -> None:
@@ -127,7 +127,7 @@ def begin_checkpoint(checkpoints_dir: Path, episode: int) -> CheckpointDraft:
         (folder / "models").mkdir(parents=True)
         draft.receipts.mkdir()
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from error
+        raise CheckpointError(explain_unwritten(folder, error, "made")) from error
     return draft
 
 

@@ -107,6 +107,15 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
         begin_checkpoint(tmp_path / "file", 1)
 
 
+def test_an_error_without_a_system_s_reason_says_its_own(tmp_path, monkeypatch):
+    def refuse(folder, state):
+        raise OSError("the tape is torn")
+
+    monkeypatch.setattr("chatlearn.checkpoint.folders.write_run_state", refuse)
+    with pytest.raises(CheckpointError, match="cannot be written: OSError: the tape is torn"):
+        begin_checkpoint(tmp_path, 1).commit(STATE)
+
+
 def damage(path, kind):
     data = bytearray(path.read_bytes())
     if kind == "missing":
