@@ -33,7 +33,7 @@ def test_the_files_of_a_run_have_fixed_names(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "a\x1b[2J", "-rf"])
 def test_the_experiments_name_is_a_plain_folder_name(tmp_path, name):
     with pytest.raises(ConfigError, match="runtime.exp_name: expected a plain folder name"):
         RunFolder.create(str(tmp_path), name, "")
