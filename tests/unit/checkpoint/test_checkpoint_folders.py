@@ -88,9 +88,9 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
     "content",
     [
         *(None, "", "[]", "{}", "7", '{"format": 1}', '{"format": 2, "positions": [1]}'),
-        json.dumps({"format": 2, **asdict(STATE), "extra": 1}),
-        json.dumps({"format": 2, **asdict(STATE), "episode": "3"}),
-        json.dumps({"format": 2, **asdict(STATE), "positions": [1, -2]}),
+        json.dumps({"format": 4, **asdict(STATE), "extra": 1}),
+        json.dumps({"format": 4, **asdict(STATE), "episode": "3"}),
+        json.dumps({"format": 4, **asdict(STATE), "positions": [1, -2]}),
         "[" * 100_000,
     ],
 )
@@ -98,6 +98,30 @@ def test_a_state_that_is_missing_or_damaged_names_the_file(tmp_path, content):
     if content is not None:
         (tmp_path / "run_state.json").write_text(content)
     with pytest.raises(CheckpointError, match="run_state.json cannot be read"):
+        read_run_state(tmp_path)
+
+
+def test_a_state_that_knows_versions_of_stale_models_only_is_read(tmp_path):
+    state = replace(STATE, stale=("old",), synced=("old",), synced_versions=(2,))
+    content = {"format": 3, **asdict(state), "stale_versions": [2]}
+    del content["synced"], content["synced_versions"]
+    (tmp_path / "run_state.json").write_text(json.dumps(content))
+    assert read_run_state(tmp_path) == state
+    assert read_run_state(tmp_path).versions == {"old": 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"synced_versions": [1, 2]}, "expected a version for each of 1 models"),
+        ({"stale": ["other"]}, "expected a version for each stale model"),
+    ],
+)
+def test_a_state_that_lacks_a_version_is_refused(tmp_path, changed, said):
+    state = replace(STATE, synced=("old",), synced_versions=(2,))
+    content = {"format": 4, **asdict(state), **changed}
+    (tmp_path / "run_state.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=said):
         read_run_state(tmp_path)
 
 
