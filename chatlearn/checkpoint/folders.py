@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chatlearn.checkpoint.drafts import note_writer
 from chatlearn.checkpoint.manifest import (
     FileSum,
     list_files,
@@ -35,7 +36,6 @@ __all__ = [
     "find_damage",
     "find_newest",
     "prune_checkpoints",
-    "remove_drafts",
 ]
 
 _NAME = re.compile(r"episode_(\d{6,})")
@@ -126,6 +126,7 @@ def begin_checkpoint(checkpoints_dir: Path, episode: int) -> CheckpointDraft:
         draft.discard()
         (folder / "models").mkdir(parents=True)
         draft.receipts.mkdir()
+        note_writer(checkpoints_dir)
     except OSError as error:
         raise CheckpointError(explain_unwritten(folder, error, "made")) from error
     return draft
@@ -167,13 +168,6 @@ def prune_checkpoints(
         else:
             known.discard(path)
     return removed[::-1]
-
-
-def remove_drafts(checkpoints_dir: Path) -> None:
-    """Remove what was being written, or removed, when its writer ended."""
-    for kind in ("partial", "removed"):
-        for left in checkpoints_dir.glob(f".episode_*.{kind}"):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatlearn.checkpoint.background import await_receipts, receipt_name
+from chatlearn.checkpoint.drafts import remove_drafts
 from chatlearn.checkpoint.folders import (
     CheckpointDraft,
     begin_checkpoint,
     prune_checkpoints,
-    remove_drafts,
 )
 from chatlearn.engine.worker_calls import SaveOrder, save_worker
 from chatlearn.errors import (

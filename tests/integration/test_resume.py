@@ -13,6 +13,7 @@ import torch
 import chatlearn
 from chatlearn import BaseModule, Engine, Environment, Evaluator
 from chatlearn import Trainer as TrainerFlow
+from chatlearn.checkpoint.folders import begin_checkpoint
 from chatlearn.data.relay import RelaySampleManager
 from chatlearn.errors import ConfigError, DataError
 from chatlearn.metrics.timings import without_timings
@@ -173,6 +174,22 @@ def test_auto_takes_the_newest_good_checkpoint_and_says_what_it_skipped(run, cap
     assert "model.pt has 1 bytes" in said
     assert f"resuming {folder / 'episode_000002'} after episode 2" in said
     assert lines(again.run_dir) == lines(whole.run_dir)
+
+
+@pytest.mark.parametrize("resume", ["auto", None])
+def test_auto_removes_what_dead_runs_left_half_written_and_says_so(run, capfd, resume):
+    known = run(num_episode=1).run_dir / "checkpoints"
+    dead = begin_checkpoint(known.parent.with_name("killed") / "checkpoints", 2).folder
+    live = begin_checkpoint(known.parent.with_name("live") / "checkpoints", 2).folder
+    record = dead.parent / ".writer.json"
+    writer = json.loads(record.read_text())
+    record.write_text(json.dumps({**writer, "start_ticks": writer["start_ticks"] + 1}))
+    capfd.readouterr()
+    run(resume=resume, num_episode=1)
+    said = capfd.readouterr().err
+    is_auto = resume == "auto"
+    assert (f"removed {dead}, which a run that has ended left half written" in said) == is_auto
+    assert (dead.exists(), live.exists()) == (not is_auto, True)
 
 
 def test_auto_starts_anew_where_there_is_nothing(run, capfd):
