@@ -5,10 +5,13 @@ A message says what was got, what was expected and what to change.
 
 from __future__ import annotations
 
+import errno
+import shutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 __all__ = [
     "ChatLearnError",
@@ -21,10 +24,14 @@ __all__ = [
     "SyncError",
     "WaitTimeoutError",
     "WorkerError",
+    "explain_unwritten",
     "in_one_line",
+    "is_disk_full",
 ]
 
 _MESSAGE_CHARS = 400
+# Less than this free is nothing: file systems keep a rest that no file gets.
+_FULL_BYTES = 1 << 20
 
 
 class ChatLearnError(Exception):
@@ -163,3 +170,32 @@ def in_one_line(error: BaseException) -> str:
     if len(text) > _MESSAGE_CHARS:
         text = f"{text[:_MESSAGE_CHARS]} ..."
     return text if isinstance(error, ChatLearnError) else f"{type(error).__name__}: {text}"
+
+
+def explain_unwritten(path: Path, error: BaseException, what: str = "written") -> str:
+    """One line: what cannot be written, why, and what to do about it.
+
+    Args:
+        path: of the file or folder.
+        error: what was raised; of libraries that hide the system's error also their own.
+        what: cannot be done with it.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    reason = (error.strerror if isinstance(error, OSError) else None) or in_one_line(error)
+    if number is None and is_disk_full(path):
+        number, reason = errno.ENOSPC, f"its disk is full ({reason})"
+    advice = ""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        advice = ": make room there, or set runtime.output_dir to another disk"
+    elif number == errno.ENOENT:
+        advice = ": was its folder removed meanwhile?"
+    return f"{path} cannot be {what}: {reason}{advice}"
+
+
+def is_disk_full(path: Path) -> bool:
+    """Whether (nearly) nothing is free where `path` is or would be."""
+    found = next((each for each in (path, *path.parents) if each.exists()), None)
+    try:
+        return found is not None and shutil.disk_usage(found).free < _FULL_BYTES
+    except OSError:
+        return False

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.checkpoint.manifest import FileSum, sum_file
-from chatlearn.errors import CheckpointError, WaitTimeoutError
+from chatlearn.errors import ChatLearnError, CheckpointError, WaitTimeoutError, is_disk_full
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,7 +113,7 @@ class FileWriter:
         try:
             content["files"] = _run_jobs(root, jobs)
         except Exception as error:  # noqa: BLE001 - told to the driver, whatever it is
-            content["error"] = f"{type(error).__name__}: {error}"
+            content["error"] = _explain(root, error)
             logger.warning("%s cannot be written: %s", root, content["error"])
         if not receipt.parent.is_dir():
             # The draft was given up.
@@ -123,6 +123,13 @@ class FileWriter:
         except OSError:
             # A disk that takes no receipt still lets the folder go, which ends the wait for it.
             shutil.rmtree(receipt.parent, ignore_errors=True)
+
+
+def _explain(root: Path, error: Exception) -> str:
+    """What went wrong; torch's own words for a full disk name no disk."""
+    text = f"{type(error).__name__}: {error}"
+    is_known = isinstance(error, OSError | ChatLearnError)
+    return text if is_known or not is_disk_full(root) else f"the disk is full ({text})"
 
 
 def _run_jobs(

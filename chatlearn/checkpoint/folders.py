@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chatlearn.checkpoint.drafts import note_writer
 from chatlearn.checkpoint.manifest import (
     FileSum,
     list_files,
@@ -21,7 +22,7 @@ from chatlearn.checkpoint.manifest import (
     write_manifest,
 )
 from chatlearn.checkpoint.run_state import RunState, read_run_state, write_run_state
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, explain_unwritten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,10 +36,10 @@ __all__ = [
     "find_damage",
     "find_newest",
     "prune_checkpoints",
-    "remove_drafts",
 ]
 
 _NAME = re.compile(r"episode_(\d{6,})")
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,16 @@ class CheckpointDraft:
                 read here.
 
         Raises:
-            CheckpointError: something cannot be written.
+            CheckpointError: something cannot be written, or what was written is gone.
         """
         try:
             shutil.rmtree(self.receipts, ignore_errors=True)
             write_run_state(self.folder, state)
             names = list_files(self.folder)
-            sums = {name: known[name] for name in names if known and name in known}
-            missing = [name for name in names if name not in sums]
-            write_manifest(self.folder, {**sums, **sum_files(self.folder, missing, is_synced=True)})
+            sums = dict(known or {})
+            self._check(sums)
+            unread = [name for name in names if name not in sums]
+            write_manifest(self.folder, {**sums, **sum_files(self.folder, unread, is_synced=True)})
             sync_folder(self.folder)
             if self.final.exists():
                 # It did not verify, or the run would not have come here again.
@@ -87,8 +89,28 @@ class CheckpointDraft:
             os.replace(self.folder, self.final)
             sync_folder(self.final.parent)
         except OSError as error:
-            raise CheckpointError(f"{self.final} cannot be written: {error.strerror}") from error
+            raise CheckpointError(explain_unwritten(self.final, error)) from error
         return self.final
+
+    def _check(self, known: Mapping[str, FileSum]) -> None:
+        """See that files are as their writers left them, by their lengths."""
+        missing: list[str] = []
+        for name, written in sorted(known.items()):
+            path = self.folder / name
+            if not path.is_file():
+                missing.append(name)
+            elif path.stat().st_size != written.num_bytes:
+                raise CheckpointError(
+                    f"{self.final} cannot be written: {name} has {path.stat().st_size} bytes, its "
+                    f"writer left {written.num_bytes}: does something else write to {self.folder}?"
+                )
+        if missing:
+            shown = ", ".join(missing[:_MOST_NAMED])
+            more = f" and {len(missing) - _MOST_NAMED} more" if missing[_MOST_NAMED:] else ""
+            raise CheckpointError(
+                f"{self.final} cannot be written: {shown}{more} had been written and is gone: does "
+                f"something else remove files from {self.folder}, or do its nodes not share it?"
+            )
 
     def discard(self) -> None:
         """Remove what has been written."""
@@ -104,8 +126,9 @@ def begin_checkpoint(checkpoints_dir: Path, episode: int) -> CheckpointDraft:
         draft.discard()
         (folder / "models").mkdir(parents=True)
         draft.receipts.mkdir()
+        note_writer(checkpoints_dir)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from error
+        raise CheckpointError(explain_unwritten(folder, error, "made")) from error
     return draft
 
 
@@ -147,13 +170,6 @@ def prune_checkpoints(
     return removed[::-1]
 
 
-def remove_drafts(checkpoints_dir: Path) -> None:
-    """Remove what was being written, or removed, when its writer ended."""
-    for kind in ("partial", "removed"):
-        for left in checkpoints_dir.glob(f".episode_*.{kind}"):
-            shutil.rmtree(left, ignore_errors=True)
-
-
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint so that no part of it is ever taken for one."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
@@ -188,13 +204,17 @@ class CheckpointSearch:
 def find_newest(folders: list[Path], trained: tuple[str, ...] | None = None) -> CheckpointSearch:
     """The newest checkpoint that verifies.
 
+    Within a folder the later episode is the newer one, whatever the clock said; only checkpoints
+    of different folders are compared by their times.
+
     Args:
         folders: `checkpoints` folders of runs.
         trained: names of the models that must be in it; None: any.
     """
-    candidates = [path for folder in folders for path in find_checkpoints(folder)]
+    candidates = [entry for folder in folders for entry in _date(folder)]
     skipped: list[tuple[Path, str]] = []
-    for path in sorted(candidates, key=_age, reverse=True):
+    # The sort is stable, so equal times leave a folder's later episodes behind the earlier ones.
+    for _, path in sorted(candidates, key=lambda entry: entry[0])[::-1]:
         reason = find_damage(path)
         if reason is None and trained is not None:
             saved = read_run_state(path).trained
@@ -206,14 +226,24 @@ def find_newest(folders: list[Path], trained: tuple[str, ...] | None = None) -> 
     return CheckpointSearch(None, tuple(skipped))
 
 
-def _age(checkpoint: Path) -> tuple[float, str]:
-    """Sorts by the time of writing, where the state can be read."""
+def _date(folder: Path) -> list[tuple[float, Path]]:
+    """A folder's checkpoints, oldest first, each with a time that no earlier one exceeds."""
+    dated: list[tuple[float, Path]] = []
+    time_s = 0.0
+    for path in find_checkpoints(folder):
+        time_s = max(time_s, _written_s(path))
+        dated.append((time_s, path))
+    return dated
+
+
+def _written_s(checkpoint: Path) -> float:
+    """When it was written, from its state where that can be read."""
     try:
-        return read_run_state(checkpoint).created_s, checkpoint.name
+        return read_run_state(checkpoint).created_s
     except CheckpointError:
         pass
     try:
-        return checkpoint.stat().st_mtime, checkpoint.name
+        return checkpoint.stat().st_mtime
     except OSError:
         # Another run has removed it meanwhile.
-        return 0.0, checkpoint.name
+        return 0.0

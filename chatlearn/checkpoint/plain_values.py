@@ -6,7 +6,7 @@ import os
 import pickle
 from typing import TYPE_CHECKING, Any, cast
 
-from chatlearn.errors import CheckpointError, in_one_line
+from chatlearn.errors import CheckpointError, explain_unwritten, in_one_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,7 +84,7 @@ def save_plain(path: Path, value: Any, where: str) -> None:
         torch.save(plain, draft)
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise CheckpointError(explain_unwritten(path, error)) from error
 
 
 def load_plain(path: Path, device: Any = "cpu") -> Any:

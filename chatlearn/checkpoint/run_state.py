@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["STATE_FILE", "RunState", "read_run_state", "write_run_state"]
 
 STATE_FILE = "run_state.json"
-_FORMAT = 3
+_FORMAT = 4
+# Had versions of stale models only.
+_STALE_ONLY_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class RunState:
             an undisturbed run would have done.
         trained: names of the trained models.
         stale: inference models whose weights were not those of their trainer, and are saved, too.
-        stale_versions: number of the weights of each of them.
+        synced: inference models that weight syncs go to.
+        synced_versions: number of the weights that each of them has after a resume.
         created_s: when, seconds since the epoch.
     """
 
@@ -48,8 +51,14 @@ class RunState:
     is_partial: bool = False
     trained: tuple[str, ...] = ()
     stale: tuple[str, ...] = ()
-    stale_versions: tuple[int, ...] = ()
+    synced: tuple[str, ...] = ()
+    synced_versions: tuple[int, ...] = ()
     created_s: float = field(default=0.0, compare=False)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Number of the weights of each model that weight syncs go to."""
+        return dict(zip(self.synced, self.synced_versions, strict=True))
 
 
 def write_run_state(folder: Path, state: RunState) -> None:
@@ -67,14 +76,20 @@ def read_run_state(checkpoint: Path) -> RunState:
     path = checkpoint / STATE_FILE
     try:
         content = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-        if content.pop("format") != _FORMAT:
+        number = content.pop("format")
+        if number == _STALE_ONLY_FORMAT:
+            content["synced"] = content["stale"]
+            content["synced_versions"] = content.pop("stale_versions")
+        elif number != _FORMAT:
             raise ValueError(f"expected format {_FORMAT}")
         kinds = {each.name: str(each.type) for each in fields(RunState)}
         if set(content) != set(kinds):
             raise ValueError(f"expected the entries {', '.join(kinds)}")
         state = RunState(**{name: _read(name, kinds[name], content[name]) for name in kinds})
-        if len(state.stale) != len(state.stale_versions):
-            raise ValueError(f"expected a version for each of {len(state.stale)} stale models")
+        if len(state.synced) != len(state.synced_versions):
+            raise ValueError(f"expected a version for each of {len(state.synced)} models")
+        if not set(state.stale) <= set(state.synced):
+            raise ValueError("expected a version for each stale model")
         return state
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from chatlearn.config.schema import Config, ModelConfig, RuntimeConfig
 
-__all__ = ["find_contradictions"]
+__all__ = ["find_bad_folder_name", "find_contradictions"]
 
 _NO_ENV = dict(RuntimeEnvConfig())
 # More than any cluster has; a slip of the keyboard is named before it is planned.
@@ -51,8 +51,22 @@ def find_contradictions(config: Config) -> list[str]:
     return problems
 
 
+def find_bad_folder_name(name: str) -> str | None:
+    """Why a name is none for a single folder that commands can be given; None where it is one."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        return f"expected a plain folder name, got {name!r}"
+    if not name.isprintable():
+        return f"expected a plain folder name, of printable characters, got {name!r}"
+    if name.startswith("-"):
+        return f"expected a plain folder name that no command takes for an option, got {name!r}"
+    return None
+
+
 def _check_names(config: Config) -> Iterator[str]:
     """Names of files and classes that no system takes."""
+    problem = find_bad_folder_name(config.runtime.exp_name)
+    if problem:
+        yield f"runtime.exp_name: {problem}"
     named = [("runtime", config.runtime), *((f"models.{n}", m) for n, m in config.models.items())]
     for path, section in named:
         for key in ("chat_template", "engine", "exp_name", "family", "load", "module", "output_dir",

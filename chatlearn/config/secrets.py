@@ -15,9 +15,11 @@ __all__ = ["find_secrets", "hide_in_config", "hide_secrets", "is_secret_variable
 
 _SHORTEST = 8
 _WORDS = {
-    "APIKEY", "CREDENTIAL", "CREDENTIALS", "KEY", "PASSPHRASE", "PASSWD", "PASSWORD", "SECRET",
-    "TOKEN",
+    "APIKEY", "CREDENTIAL", "CREDENTIALS", "KEY", "PASS", "PASSPHRASE", "PASSWD", "PASSWORD",
+    "PAT", "PWD", "SECRET", "TOKEN",
 }  # fmt: skip
+# The shell's name of the current folder.
+_CURRENT_FOLDER = "PWD"
 # What such variables say besides the secret itself.
 _ABOUT = {"DIR", "FILE", "FOLDER", "LENGTH", "MODE", "NAME", "PATH", "TYPE"}
 # Keys of options; a `token` alone is one of a vocabulary, and a `key` alone anything.
@@ -31,7 +33,8 @@ _OPTION = re.compile(
 def is_secret_variable(name: str) -> bool:
     """Whether an environment variable of this name holds a secret."""
     words = re.split(r"[^A-Z0-9]+", name.upper())
-    return not _WORDS.isdisjoint(words) and words[-1] not in _ABOUT
+    is_named_so = not _WORDS.isdisjoint(words) and words[-1] not in _ABOUT
+    return is_named_so and name.upper() != _CURRENT_FOLDER
 
 
 def find_secrets(content: Any = None) -> dict[str, str]:

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.checkpoint.folders import remove_drafts
+from chatlearn.checkpoint.drafts import remove_drafts
 from chatlearn.engine.recovery import ROLL_BACK, Recovery, RecoveryBudget
 from chatlearn.engine.resume import find_resume_point, read_history
 from chatlearn.engine.session import Session

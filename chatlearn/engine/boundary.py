@@ -133,10 +133,12 @@ class EpisodeBoundary:
         for name in state.trained:
             if name in session.groups:
                 session.call_all(load_trained, resume.checkpoint, names=(name,))
-        for name, version in zip(state.stale, state.stale_versions, strict=True):
-            if name in session.groups:
+        for name, version in state.versions.items():
+            if name not in session.groups:
+                continue
+            if name in state.stale:
                 session.call_all(load_stale, resume.checkpoint, version, names=(name,))
-                syncs.note_version(name, version)
+            syncs.note_version(name, version)
         syncs.version = max(0, state.version - 1)
 
     def restore(self, resume: ResumePoint, rollout: Rollout) -> None:
@@ -166,6 +168,7 @@ class EpisodeBoundary:
         run = self._run
         trained = run.session.plan.flows.trainable
         stale = tuple(name for name in run.syncs.stale if name not in trained)
+        versions = run.syncs.versions
         return RunState(
             episode=run.num_finished,
             train_iteration=run.train_iteration,
@@ -176,7 +179,8 @@ class EpisodeBoundary:
             version=run.syncs.version,
             trained=trained,
             stale=stale,
-            stale_versions=tuple(map(run.syncs.version_of, stale)),
+            synced=tuple(versions),
+            synced_versions=tuple(versions.values()),
         )
 
     def _partial_state(self, rollout: Rollout) -> RunState:
@@ -193,12 +197,13 @@ class EpisodeBoundary:
         if self.is_synced:
             return state
         # A run that goes on begins with a sync of all that are not stale.
-        left = [name for name in state.stale if not run.syncs.is_due(name, run.num_finished)]
+        due = [name for name in state.synced if run.syncs.is_due(name, run.num_finished)]
+        versions = {**state.versions, **dict.fromkeys(due, state.version)}
         return replace(
             state,
             version=state.version + 1,
-            stale=tuple(left),
-            stale_versions=tuple(map(run.syncs.version_of, left)),
+            stale=tuple(name for name in state.stale if name not in due),
+            synced_versions=tuple(versions.values()),
         )
 
     def _save_end(self, history: list[dict[str, float]], *, is_async: bool) -> None:

@@ -19,14 +19,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatlearn.checkpoint.background import await_receipts, receipt_name
+from chatlearn.checkpoint.drafts import remove_drafts
 from chatlearn.checkpoint.folders import (
     CheckpointDraft,
     begin_checkpoint,
     prune_checkpoints,
-    remove_drafts,
 )
 from chatlearn.engine.worker_calls import SaveOrder, save_worker
-from chatlearn.errors import ChatLearnError, CheckpointError, WorkerError, in_one_line
+from chatlearn.errors import (
+    ChatLearnError,
+    CheckpointError,
+    WorkerError,
+    explain_unwritten,
+    in_one_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,7 +112,7 @@ class Checkpoints:
             self._tell_workers(draft, content, is_async)
         except OSError as error:
             draft.discard()
-            raise CheckpointError(f"{draft.folder} cannot be written: {error}") from error
+            raise CheckpointError(explain_unwritten(draft.folder, error)) from error
         except BaseException:
             draft.discard()
             raise
@@ -217,7 +223,7 @@ class Checkpoints:
             self._error = (
                 error
                 if isinstance(error, ChatLearnError)
-                else CheckpointError(f"{draft.final} cannot be written: {error}")
+                else CheckpointError(explain_unwritten(draft.final, error))
             )
             return
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from chatlearn.checkpoint.drafts import remove_dead_drafts
 from chatlearn.checkpoint.folders import find_newest
 from chatlearn.checkpoint.manifest import verify_checkpoint
 from chatlearn.checkpoint.run_state import RunState, read_run_state
@@ -15,7 +16,14 @@ from chatlearn.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from chatlearn.config import RuntimeConfig
 
-__all__ = ["PARTIAL", "ResumePoint", "choose_resume_point", "find_resume_point", "read_history"]
+__all__ = [
+    "PARTIAL",
+    "ResumePoint",
+    "choose_resume_point",
+    "clear_dead_drafts",
+    "find_resume_point",
+    "read_history",
+]
 
 AUTO = "auto"
 PARTIAL = "partial: its last episode was cut short, and counts as over"
@@ -51,9 +59,7 @@ def choose_resume_point(runtime: RuntimeConfig, trained: tuple[str, ...]) -> Fou
     if runtime.resume is None:
         return FoundPoint(None, ())
     if runtime.resume == AUTO:
-        runs = Path(runtime.output_dir) / runtime.exp_name
-        folders = sorted(runs.glob("*/checkpoints")) if runs.is_dir() else []
-        return find_resume_point(folders, trained)
+        return find_resume_point(_find_folders(runtime), trained)
     path = Path(runtime.resume)
     try:
         verify_checkpoint(path)
@@ -66,6 +72,26 @@ def choose_resume_point(runtime: RuntimeConfig, trained: tuple[str, ...]) -> Fou
             f"run trains {', '.join(trained) or 'nothing'}"
         )
     return FoundPoint(point, (_tell(point),))
+
+
+def clear_dead_drafts(runtime: RuntimeConfig) -> tuple[str, ...]:
+    """With `runtime.resume: auto`, remove what dead runs of this `exp_name` left half written.
+
+    Call it before the run has a folder: where the disk is full that makes room for it.
+
+    Returns:
+        What was removed, in lines for a person.
+    """
+    if runtime.resume != AUTO:
+        return ()
+    gone = remove_dead_drafts(_find_folders(runtime))
+    return tuple(f"removed {path}, which a run that has ended left half written" for path in gone)
+
+
+def _find_folders(runtime: RuntimeConfig) -> list[Path]:
+    """The `checkpoints` folders of the runs of this `exp_name`."""
+    runs = Path(runtime.output_dir) / runtime.exp_name
+    return sorted(runs.glob("*/checkpoints")) if runs.is_dir() else []
 
 
 def find_resume_point(folders: list[Path], trained: tuple[str, ...]) -> FoundPoint:

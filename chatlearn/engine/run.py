@@ -16,7 +16,7 @@ from chatlearn.engine.profile import EpisodeProfile
 from chatlearn.engine.prompts import PromptSource
 from chatlearn.engine.recovery import RecoveryBudget, ReplicaRecovery
 from chatlearn.engine.result import RunResult
-from chatlearn.engine.resume import choose_resume_point, read_history
+from chatlearn.engine.resume import choose_resume_point, clear_dead_drafts, read_history
 from chatlearn.engine.reward_guard import may_train
 from chatlearn.engine.rollout import Rollout
 from chatlearn.engine.run_log import RunLog
@@ -58,8 +58,9 @@ def run_engine(engine: Engine, config: Config) -> RunResult:
                 "the engine has no data set: call set_dataset(prompts), or set data_path"
             )
         found = choose_resume_point(config.runtime, plan.flows.trainable)
+        removed = clear_dead_drafts(config.runtime)
         with RunLog.open(config) as log:
-            for note in (*plan.notes, *found.notes):
+            for note in (*plan.notes, *removed, *found.notes):
                 log.progress.message(note)
             if found.point is not None:
                 log.rewind(read_history(found.point.checkpoint))

@@ -9,6 +9,7 @@ from chatlearn.config import dump_config
 from chatlearn.metrics.progress import ProgressDisplay, format_evaluation, open_progress
 from chatlearn.metrics.run_folder import RunFolder
 from chatlearn.metrics.timeline import Timeline
+from chatlearn.metrics.unwritten import close_all
 from chatlearn.metrics.writers import (
     JsonLinesWriter,
     MetricLog,
@@ -29,7 +30,10 @@ __all__ = ["RunLog"]
 
 @dataclass
 class RunLog:
-    """Everything that is written during a run; a context manager that closes it."""
+    """Everything that is written during a run; a context manager that closes it.
+
+    What cannot be written ends the run with a `ChatLearnError`, unless another error does.
+    """
 
     folder: RunFolder
     metrics: MetricLog
@@ -57,9 +61,8 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.timeline.write()
-        self.metrics.close()
-        self.progress.close()
+        closers = (self.timeline.write, self.metrics.close, self.progress.close)
+        close_all(closers, after=error)
 
     def write(self, episode: int, num_episodes: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a finished episode."""

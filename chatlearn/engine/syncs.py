@@ -79,9 +79,12 @@ class WeightSyncs:
             if destination in keep or not self.is_due(destination, episode):
                 continue
             self._on_start(destination)
-            report = self._synchronizer(pair).sync(self.version)
+            # What it had when the run was saved, where a checkpoint says that.
+            known = self._versions.get(destination) if episode is None else None
+            version = self.version if known is None else known
+            report = self._synchronizer(pair).sync(version)
             self._delivered[destination] = self._session.num_updates
-            self._versions[destination] = self.version
+            self._versions[destination] = version
             metrics[f"sync/{destination}/seconds"] = report.seconds
             metrics[f"sync/{destination}/bytes"] = float(report.num_bytes)
             self._on_sync(pair, report)
@@ -96,8 +99,13 @@ class WeightSyncs:
         """Number of the weights that a destination has."""
         return self._versions.get(destination, 0)
 
+    @property
+    def versions(self) -> dict[str, int]:
+        """Numbers of the weights that all destinations have."""
+        return {name: self.version_of(name) for _, name in self._pairs}
+
     def note_version(self, destination: str, version: int) -> None:
-        """A destination's weights did not come from a sync, but from a checkpoint."""
+        """A destination has weights of this number from a checkpoint, or gets them at the start."""
         self._versions[destination] = version
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from chatlearn.config.checks import find_bad_folder_name
 from chatlearn.errors import ConfigError
 
 __all__ = ["RunFolder"]
@@ -24,8 +25,9 @@ class RunFolder:
         Raises:
             ConfigError: `exp_name` is no plain folder name, or the folder cannot be made.
         """
-        if exp_name in ("", ".", "..") or "/" in exp_name or "\\" in exp_name:
-            raise ConfigError(f"runtime.exp_name: expected a plain folder name, got {exp_name!r}")
+        problem = find_bad_folder_name(exp_name)
+        if problem:
+            raise ConfigError(f"runtime.exp_name: {problem}")
         parent = Path(output_dir) / exp_name
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         try:
@@ -34,7 +36,7 @@ class RunFolder:
                 (folder / name).mkdir()
             (folder / "config.yaml").write_text(config_text, encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"runtime.output_dir: {parent}: {error.strerror}") from error
+            raise ConfigError(f"runtime.output_dir: {parent}: {error.strerror or error}") from error
         except ValueError as error:
             raise ConfigError(f"runtime.output_dir: {str(parent)!r}: {error}") from error
         return cls(folder.resolve())

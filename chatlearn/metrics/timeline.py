@@ -6,6 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from chatlearn.metrics.unwritten import naming_file
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -62,7 +64,15 @@ class Timeline:
         self._new.append(self._spans[-1])
 
     def write(self) -> None:
-        """Bring the file up to date."""
+        """Bring the file up to date.
+
+        Raises:
+            ChatLearnError: it cannot be written, or is gone.
+        """
+        with naming_file(self._path):
+            self._write()
+
+    def _write(self) -> None:
         if len(self._spans) > self._max_spans:
             del self._spans[: -(self._max_spans // 2)]
             self._end = 0

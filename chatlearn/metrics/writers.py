@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chatlearn.errors import ConfigError
+from chatlearn.metrics.unwritten import close_all, naming_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +26,10 @@ __all__ = [
 
 
 class MetricWriter(Protocol):
-    """One place where metrics go."""
+    """One place where metrics go.
+
+    What cannot be written is a `ChatLearnError` that names the place.
+    """
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics."""
@@ -62,24 +66,28 @@ class JsonLinesWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        with naming_file(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line and flush it."""
-        self._file.write(format_line(step, metrics))
-        self._file.flush()
+        with naming_file(self._path):
+            self._file.write(format_line(step, metrics))
+            self._file.flush()
 
     def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
         """Replace the file by one with these lines."""
-        self._file.close()
-        draft = self._path.with_suffix(".partial")
-        draft.write_text(format_history(history), encoding="utf-8")
-        os.replace(draft, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        with naming_file(self._path):
+            self._file.close()
+            draft = self._path.with_suffix(".partial")
+            draft.write_text(format_history(history), encoding="utf-8")
+            os.replace(draft, self._path)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with naming_file(self._path):
+            self._file.close()
 
 
 class TensorBoardWriter:
@@ -90,24 +98,28 @@ class TensorBoardWriter:
 
         self._build: Any = SummaryWriter
         self._folder = folder
-        self._writer: Any = SummaryWriter(str(folder))
+        with naming_file(folder):
+            self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the scalars of one step."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with naming_file(self._folder):
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
         """Begin anew: TensorBoard hides what an earlier file has from the first step on."""
-        self._writer.close()
-        self._writer = self._build(str(self._folder), purge_step=0)
+        with naming_file(self._folder):
+            self._writer.close()
+            self._writer = self._build(str(self._folder), purge_step=0)
         for entry in history:
             self.write(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
 
     def close(self) -> None:
         """Close the files."""
-        self._writer.close()
+        with naming_file(self._folder):
+            self._writer.close()
 
 
 class WandbWriter:
@@ -160,6 +172,5 @@ class MetricLog:
 
     def close(self) -> None:
         """Close every writer."""
-        for writer in self._writers:
-            writer.close()
-        self._writers = []
+        writers, self._writers = self._writers, []
+        close_all([writer.close for writer in writers])

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.checkpoint.plain_values import load_plain, to_plain
-from chatlearn.errors import ChatLearnError, CheckpointError, in_one_line
+from chatlearn.errors import ChatLearnError, CheckpointError, explain_unwritten, in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,7 +118,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> Path:
         torch.save(state, draft)
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise CheckpointError(explain_unwritten(path, error)) from error
     finally:
         # What the folder itself raises here must not hide the error above.
         with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ import torch
 import chatlearn
 from chatlearn import BaseModule, Engine, Environment, Evaluator
 from chatlearn import Trainer as TrainerFlow
+from chatlearn.checkpoint.folders import begin_checkpoint
 from chatlearn.data.relay import RelaySampleManager
 from chatlearn.errors import ConfigError, DataError
 from chatlearn.metrics.timings import without_timings
@@ -175,6 +176,22 @@ def test_auto_takes_the_newest_good_checkpoint_and_says_what_it_skipped(run, cap
     assert lines(again.run_dir) == lines(whole.run_dir)
 
 
+@pytest.mark.parametrize("resume", ["auto", None])
+def test_auto_removes_what_dead_runs_left_half_written_and_says_so(run, capfd, resume):
+    known = run(num_episode=1).run_dir / "checkpoints"
+    dead = begin_checkpoint(known.parent.with_name("killed") / "checkpoints", 2).folder
+    live = begin_checkpoint(known.parent.with_name("live") / "checkpoints", 2).folder
+    record = dead.parent / ".writer.json"
+    writer = json.loads(record.read_text())
+    record.write_text(json.dumps({**writer, "start_ticks": writer["start_ticks"] + 1}))
+    capfd.readouterr()
+    run(resume=resume, num_episode=1)
+    said = capfd.readouterr().err
+    is_auto = resume == "auto"
+    assert (f"removed {dead}, which a run that has ended left half written" in said) == is_auto
+    assert (dead.exists(), live.exists()) == (not is_auto, True)
+
+
 def test_auto_starts_anew_where_there_is_nothing(run, capfd):
     result = run(resume="auto", num_episode=1)
     assert "no checkpoint to resume from: starting anew" in capfd.readouterr().err
@@ -219,3 +236,58 @@ def test_a_value_that_cannot_be_saved_is_named(run):
     ).set_dataset([1, 2])
     with pytest.raises(chatlearn.errors.ChatLearnError, match=r"\['lock'\] is a object"):
         run(engine, max_relay_episode=0, eval_episode_interval=None)
+
+
+class Versioned(Dicer):
+    """Tells how many weight syncs its weights have seen."""
+
+    def forward_step(self, data):
+        self.log_metrics({"version": self.policy_version})
+        return super().forward_step(data)
+
+
+class Sparing(RelaySampleManager):
+    """Has nothing to train on in its third episode."""
+
+    turn = 0
+
+    def __call__(self, episodes):
+        self.turn += 1
+        return [] if self.turn == 3 else list(episodes[-1].buffer)
+
+    def state(self):
+        return {"turn": self.turn}
+
+    def restore(self, state):
+        self.turn = state["turn"]
+
+
+def build_versioned():
+    policy, old, trainer = Versioned("policy"), Versioned("old"), Learner("trainer")
+
+    def rollout(batch):
+        old.forward_step(batch)
+        return policy.forward_step(batch)
+
+    engine = Engine(Environment(rollout), TrainerFlow(lambda b: trainer.train_step(b)))
+    engine.set_dataset(list(range(10))).set_relay_sample_manager(Sparing())
+    return engine.set_parameter_sync(trainer, policy).set_parameter_sync(trainer, old)
+
+
+@pytest.mark.parametrize("old_frequency", [2, 3])
+def test_every_model_keeps_the_version_of_its_weights(learn_locally, old_frequency):
+    models = {"policy": {"sync_frequency": 2}, "old": {"sync_frequency": old_frequency}}
+    settings = {**SETTINGS, "num_episode": 6, "eval_episode_interval": None}
+
+    def start(**runtime):
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        return learn_locally(build_versioned(), models, **{**settings, **runtime})
+
+    whole = start()
+    versions = [entry["rollout/policy/version"] for entry in whole.metrics]
+    assert versions == [0, 0, 2, 2, 4, 4]
+    for episode in range(1, 6):
+        again = start(resume=str(whole.run_dir / f"checkpoints/episode_{episode:06d}"))
+        assert lines(again.run_dir) == lines(whole.run_dir)

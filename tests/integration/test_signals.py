@@ -133,7 +133,7 @@ def test_a_partial_checkpoint_knows_its_updates_and_the_syncs_that_are_due(run, 
     assert state.train_iteration == 3
     # `old` is synced after the third episode, `policy` after each.
     assert state.stale == ("old",)
-    assert state.stale_versions == (0,)
+    assert state.versions == {"policy": 1, "old": 0}
     again = run(resume=str(checkpoint), num_episode=2, deterministic=False, **settings)
     assert [entry["step"] for entry in again.metrics] == [2]
 

@@ -1,6 +1,11 @@
 """The kinds of errors and what a worker's failure says."""
 
+import errno
+import os
 import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,11 +15,12 @@ from chatlearn.errors import (
     ConfigError,
     PlacementError,
     WorkerError,
+    explain_unwritten,
     in_one_line,
 )
 
 
-@pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "in_one_line"])
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if name[0].isupper()])
 def test_every_error_can_be_caught_as_one_kind(name):
     assert issubclass(getattr(errors, name), ChatLearnError)
 
@@ -64,3 +70,36 @@ def test_what_an_error_says_fits_into_a_line():
     assert in_one_line(ValueError("one\n\ttwo")) == "ValueError: one two"
     assert in_one_line(ConfigError("one\ntwo")) == "one two"
     assert len(in_one_line(ValueError("x" * 5000))) < 500
+
+
+def os_error(number):
+    return OSError(number, os.strerror(number), "/elsewhere/file")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            os_error(errno.ENOSPC),
+            "No space left on device: make room there, or set runtime.output_dir to another disk",
+        ),
+        (
+            os_error(errno.ENOENT),
+            "No such file or directory: was its folder removed meanwhile?",
+        ),
+        (os_error(errno.EACCES), "Permission denied"),
+        (OSError("the tape\nis torn"), "OSError: the tape is torn"),
+        (RuntimeError("bad"), "RuntimeError: bad"),
+    ],
+)
+def test_what_cannot_be_written_is_told_in_a_line_with_what_to_do(error, said):
+    assert explain_unwritten(Path("/none/x"), error) == f"/none/x cannot be written: {said}"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1 << 30])
+def test_a_full_disk_is_named_where_a_library_does_not(monkeypatch, tmp_path, num_bytes):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=num_bytes))
+    error = RuntimeError("basic_ios::clear: iostream error")
+    said = explain_unwritten(tmp_path / "none/model.pt", error)
+    assert ("written: its disk is full (RuntimeError: basic_ios" in said) == (num_bytes == 0)
+    assert "its disk is full" not in explain_unwritten(tmp_path, os_error(errno.EACCES))

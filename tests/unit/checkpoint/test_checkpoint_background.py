@@ -1,7 +1,9 @@
 """Files are written beside the work, and receipts tell how that ended."""
 
+import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +52,18 @@ def test_what_goes_wrong_is_told_with_the_worker(folder, is_async):
     writer.submit(job)
     start(writer, folder, is_async=is_async)
     with pytest.raises(CheckpointError, match=r"policy.r0.1: OSError: the disk is full"):
+        await_receipts(folder / ".receipts", [NAME], later())
+
+
+def test_a_full_disk_is_named_where_a_library_does_not(folder, monkeypatch):
+    def job():
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    writer = FileWriter()
+    writer.submit(job)
+    start(writer, folder, is_async=False)
+    with pytest.raises(CheckpointError, match=r"the disk is full \(RuntimeError: basic_ios"):
         await_receipts(folder / ".receipts", [NAME], later())
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,7 +14,7 @@ from chatlearn.checkpoint.folders import (
     find_newest,
     prune_checkpoints,
 )
-from chatlearn.checkpoint.manifest import verify_checkpoint
+from chatlearn.checkpoint.manifest import sum_file, verify_checkpoint
 from chatlearn.checkpoint.run_state import RunState, read_run_state
 from chatlearn.errors import CheckpointError
 
@@ -87,9 +88,9 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
     "content",
     [
         *(None, "", "[]", "{}", "7", '{"format": 1}', '{"format": 2, "positions": [1]}'),
-        json.dumps({"format": 2, **asdict(STATE), "extra": 1}),
-        json.dumps({"format": 2, **asdict(STATE), "episode": "3"}),
-        json.dumps({"format": 2, **asdict(STATE), "positions": [1, -2]}),
+        json.dumps({"format": 4, **asdict(STATE), "extra": 1}),
+        json.dumps({"format": 4, **asdict(STATE), "episode": "3"}),
+        json.dumps({"format": 4, **asdict(STATE), "positions": [1, -2]}),
         "[" * 100_000,
     ],
 )
@@ -100,10 +101,43 @@ def test_a_state_that_is_missing_or_damaged_names_the_file(tmp_path, content):
         read_run_state(tmp_path)
 
 
+def test_a_state_that_knows_versions_of_stale_models_only_is_read(tmp_path):
+    state = replace(STATE, stale=("old",), synced=("old",), synced_versions=(2,))
+    content = {"format": 3, **asdict(state), "stale_versions": [2]}
+    del content["synced"], content["synced_versions"]
+    (tmp_path / "run_state.json").write_text(json.dumps(content))
+    assert read_run_state(tmp_path) == state
+    assert read_run_state(tmp_path).versions == {"old": 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"synced_versions": [1, 2]}, "expected a version for each of 1 models"),
+        ({"stale": ["other"]}, "expected a version for each stale model"),
+    ],
+)
+def test_a_state_that_lacks_a_version_is_refused(tmp_path, changed, said):
+    state = replace(STATE, synced=("old",), synced_versions=(2,))
+    content = {"format": 4, **asdict(state), **changed}
+    (tmp_path / "run_state.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=said):
+        read_run_state(tmp_path)
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be made: Not a directory"):
         begin_checkpoint(tmp_path / "file", 1)
+
+
+def test_an_error_without_a_system_s_reason_says_its_own(tmp_path, monkeypatch):
+    def refuse(folder, state):
+        raise OSError("the tape is torn")
+
+    monkeypatch.setattr("chatlearn.checkpoint.folders.write_run_state", refuse)
+    with pytest.raises(CheckpointError, match="cannot be written: OSError: the tape is torn"):
+        begin_checkpoint(tmp_path, 1).commit(STATE)
 
 
 def damage(path, kind):
@@ -156,12 +190,33 @@ def test_a_link_is_no_part_of_a_checkpoint(tmp_path):
     assert find_checkpoints(tmp_path) == []
 
 
+def test_what_a_worker_has_written_must_still_be_there(tmp_path):
+    draft = begin_checkpoint(tmp_path, 3)
+    path = draft.model_folder("policy") / "model.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"12345")
+    known = {"models/policy/model.pt": sum_file(path)}
+    path.write_bytes(b"123")
+    with pytest.raises(CheckpointError, match="model.pt has 3 bytes, its writer left 5"):
+        draft.commit(STATE, known)
+    path.unlink()
+    gone = r"episode_000003 cannot be written: models/policy/model.pt had been written and is gone"
+    with pytest.raises(CheckpointError, match=gone):
+        draft.commit(STATE, known)
+    many = {f"models/{number}": known["models/policy/model.pt"] for number in range(7)}
+    with pytest.raises(CheckpointError, match=r"models/0, .*, models/4 and 2 more had been"):
+        draft.commit(STATE, many)
+    assert find_checkpoints(tmp_path) == []
+    path.write_bytes(b"12345")
+    verify_checkpoint(draft.commit(STATE, known))
+
+
 def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_the_others(tmp_path):
     runs = [tmp_path / "a", tmp_path / "b"]
     save(runs[0], 1, created_s=1.0)
     good = save(runs[0], 2, created_s=3.0)
-    other = begin_checkpoint(runs[1], 9).commit(replace(STATE, trained=("v",), created_s=4.0))
-    bad = save(runs[1], 1, created_s=5.0)
+    other = begin_checkpoint(runs[1], 1).commit(replace(STATE, trained=("v",), created_s=4.0))
+    bad = save(runs[1], 9, created_s=5.0)
     damage(bad / "models/policy/model.pt", "changed")
     found = find_newest(runs, ("policy",))
     assert found.checkpoint == good
@@ -169,6 +224,26 @@ def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_the_others(tmp
     assert "checksum differs" in found.skipped[0][1]
     assert found.skipped[1][1] == "it trains v; this run trains policy"
     assert find_newest([tmp_path / "none"]).checkpoint is None
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_within_a_run_the_later_episode_is_newer_whatever_the_clock_said(tmp_path, names):
+    run, other = (tmp_path / name for name in names)
+    save(run, 2, created_s=100.0)
+    third = save(run, 3, created_s=10.0)
+    second = save(other, 2, created_s=50.0)
+    assert find_newest([tmp_path / "a", tmp_path / "b"]).checkpoint == third
+    later = save(other, 3, created_s=101.0)
+    found = find_newest([tmp_path / "a", tmp_path / "b"])
+    assert (found.checkpoint, found.skipped) == (later, ())
+    damage(later / "run_state.json", "cut short")
+    os.utime(later, (1.0, 1.0))
+    damage(third / "run_state.json", "cut short")
+    os.utime(third, (1.0, 1.0))
+    found = find_newest([tmp_path / "a", tmp_path / "b"])
+    assert found.checkpoint == run / "episode_000002"
+    assert [path for path, _ in found.skipped] == [third]
+    assert second.is_dir()
 
 
 def test_the_newest_good_checkpoint_is_never_removed(tmp_path):

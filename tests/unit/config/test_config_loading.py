@@ -167,6 +167,8 @@ def test_sizes_of_a_model_that_do_not_add_up_are_refused_with_the_sum(keys, line
             {"algorithm": {"old_logprobs": "rollout", "rollout_correction": "truncate"}},
             "with old_logprobs=rollout they are the same",
         ),
+        ({"exp_name": "a\nb"}, "exp_name: expected a plain folder name, of printable characters"),
+        ({"exp_name": "-rf"}, "exp_name: expected a plain folder name that no command takes for"),
         ({"profile_episode": 1}, "profile_episode=1 needs profile: true"),
         ({"profile": True, "profile_episode": 3}, "profile_episode=3 is more than num_episode=1"),
         ({"colocation": ["policy,polcy"]}, "'polcy' is not one of the models ['policy']"),

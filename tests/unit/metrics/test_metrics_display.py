@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ChatLearnError, ConfigError
 from chatlearn.metrics.progress import PlainProgress, format_episode
 from chatlearn.metrics.run_folder import RunFolder
 from chatlearn.metrics.timeline import Timeline
@@ -33,7 +33,7 @@ def test_the_files_of_a_run_have_fixed_names(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "a\x1b[2J", "-rf"])
 def test_the_experiments_name_is_a_plain_folder_name(tmp_path, name):
     with pytest.raises(ConfigError, match="runtime.exp_name: expected a plain folder name"):
         RunFolder.create(str(tmp_path), name, "")
@@ -43,6 +43,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="runtime.output_dir: .*file/demo: Not a directory"):
         RunFolder.create(str(tmp_path / "file"), "demo", "")
+
+
+def test_a_timeline_whose_folder_is_gone_says_so(tmp_path):
+    timeline = Timeline(tmp_path / "run/timeline.json")
+    gone = r"run/timeline.json cannot be written: No such file or directory: was its folder removed"
+    with pytest.raises(ChatLearnError, match=gone):
+        timeline.write()
 
 
 def test_the_timeline_is_a_chrome_trace_with_a_row_for_each_lane(tmp_path):

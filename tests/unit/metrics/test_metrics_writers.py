@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ChatLearnError, ConfigError
 from chatlearn.metrics.writers import JsonLinesWriter, MetricLog, TensorBoardWriter, WandbWriter
 
 
@@ -49,6 +50,27 @@ def test_the_log_writes_everywhere_and_keeps_what_was_written():
     log.close()
     assert log.history == [{"step": 3.0, "loss": 1.0}]
     assert one.events == two.events == [(3, {"loss": 1.0}), "closed"]
+
+
+def test_a_full_disk_names_the_file_and_what_to_do():
+    writer = JsonLinesWriter(Path("/dev/full"))
+    said = "^/dev/full cannot be written: No space left on device: make room there"
+    with pytest.raises(ChatLearnError, match=said):
+        writer.write(1, {"loss": 0.5})
+    with pytest.raises(ChatLearnError, match=said):
+        writer.close()
+
+
+def test_every_writer_is_closed_also_where_the_first_cannot_be():
+    class Full(Recorder):
+        def close(self):
+            super().close()
+            raise ChatLearnError("full")
+
+    one, two = Full(), Full()
+    with pytest.raises(ChatLearnError, match="full"):
+        MetricLog([one, two]).close()
+    assert one.events == two.events == ["closed"]
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):
