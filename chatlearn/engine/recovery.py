@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from chatlearn.errors import ChatLearnError, PlacementError
+from chatlearn.metrics.unwritten import naming_file
 from chatlearn.models.base import BaseModule
 
 if TYPE_CHECKING:
@@ -76,10 +77,19 @@ class RecoveryBudget:
         self._limit = limit
         self._path = path
         self._tell = tell
+        self._has_told = False
 
     def take(self, error: BaseException) -> bool:
         """Whether the run may recover from this error; counts it."""
-        if not isinstance(error, ChatLearnError) or not error.is_retryable or self._left <= 0:
+        if not isinstance(error, ChatLearnError) or not error.is_retryable:
+            return False
+        if self._left <= 0:
+            if self._limit and not self._has_told:
+                self._tell(
+                    f"{self._limit} of {self._limit} recoveries (runtime.max_restarts) are used "
+                    "up: this failure ends the run"
+                )
+                self._has_told = True
             return False
         self._left -= 1
         return True
@@ -90,7 +100,7 @@ class RecoveryBudget:
 
     def record(self, recovery: Recovery) -> None:
         """Write down a recovery that has succeeded."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming_file(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(recovery)) + "\n")
         number = self._limit - self._left
         what = (
