@@ -2,9 +2,9 @@
 
 Workers are killed, stopped and paused, the driver is killed, and nodes are lost, on a seeded
 schedule. Afterwards every update has been made on the same samples, with the same metrics, as in
-the undisturbed run; no process and no shared memory is left; every checkpoint verifies.
+the undisturbed run; no process and no shared memory is left; every checkpoint verifies and loads.
 
-    python -m scripts.soak --faults 60 --json
+    python -m scripts.soak --faults 62 --nodes 6 --json
     python -m scripts.soak --short
     python -m scripts.soak --save-kills 50
 """
@@ -26,7 +26,7 @@ if not __package__:
     # Started as a file: what is beside it must not hide installed packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.faults.campaign import Campaign, Fault, Outcome, describe, run_undisturbed
+from scripts.faults.campaign import Campaign, Fault, Report, run_undisturbed
 from scripts.faults.traces import shared_memory
 from scripts.faults.workload import FAULTS, write_workload
 
@@ -51,13 +51,15 @@ SHORT = (
     Fault("pause", "value_trainer", "saving"),
     Fault("kill", "policy", "sync"),
     Fault("kill", "reward", "evaluation"),
-    Fault("exit", "value_trainer", "saving"),
+    Fault("exit", "value_trainer", "saving", "writing"),
     Fault("kill", "reference", "scoring"),
 )
 
 
 def plan_faults(count: int, seed: int) -> list[list[Fault]]:
     """A schedule: every stage of every model in turn, kinds by lot, cut to runs.
+
+    Every second fault of a model's saves strikes the thread that writes, in the midst of a file.
 
     Args:
         count: faults in all.
@@ -66,11 +68,16 @@ def plan_faults(count: int, seed: int) -> list[list[Fault]]:
     lots = random.Random(seed)
     places = [(model, stage) for model, stages in FAULTS.items() for stage in stages]
     faults: list[Fault] = []
+    num_saves = {"policy_trainer": seed, "value_trainer": seed + 1}
     while len(faults) < count:
         lots.shuffle(places)
         for model, stage in places:
             kind = lots.choices(["kill", "exit", "stop", "pause", "driver"], [5, 2, 2, 1, 1])[0]
-            faults.append(Fault(kind, model, stage))
+            moment = ""
+            if stage == "saving":
+                moment = "writing" if num_saves[model] % 2 else ""
+                num_saves[model] += 1
+            faults.append(Fault(kind, model, stage, moment))
     faults = faults[:count]
     return [faults[at : at + _PER_RUN] for at in range(0, count, _PER_RUN)]
 
@@ -82,69 +89,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from scripts.faults.save_kills import kill_while_saving
 
         result = kill_while_saving(parsed.save_kills, parsed.seed, _tell)
-        sys.stdout.write(json.dumps(result) + "\n")
-        return 0 if result["resumed"] == result["kills"] else 1
+        sys.stdout.write(json.dumps(result.to_json()) + "\n")
+        return 0 if result.is_good else 1
     base = Path(tempfile.mkdtemp(prefix="chatlearn-soak-"))
     try:
-        result = _soak(parsed, base)
+        report = _soak(parsed, base)
     finally:
         if not parsed.keep:
             shutil.rmtree(base, ignore_errors=True)
+    result = report.to_json()
     if not parsed.json:
         _print_table(result["rows"])
     sys.stdout.write(json.dumps(result) + "\n")
-    is_good = result["survived"] == result["faults"] and result["same_training_samples"]
-    return 0 if is_good and not result["left"] else 1
+    return 0 if report.is_good else 1
 
 
-def _soak(parsed: argparse.Namespace, base: Path) -> dict[str, Any]:
+def _soak(parsed: argparse.Namespace, base: Path) -> Report:
     schedule = [list(SHORT)] if parsed.short else plan_faults(parsed.faults, parsed.seed)
-    num_episodes = 2 * max(map(len, schedule)) + 6
     memory = shared_memory()
-    is_wide = not parsed.short
+    report = Report()
+    if schedule:
+        report.add(_let_happen(schedule, base, is_wide=not parsed.short))
+    if parsed.nodes:
+        from scripts.faults.nodes import lose_nodes
+
+        report.add(lose_nodes(base, parsed.nodes, parsed.seed, _LIMIT_S, _tell))
+    report.left += sorted(shared_memory() - memory)
+    return report
+
+
+def _let_happen(schedule: list[list[Fault]], base: Path, *, is_wide: bool) -> Report:
+    num_episodes = 2 * max(map(len, schedule)) + 6
     _tell(f"the undisturbed run: {num_episodes} episodes")
     reference = base / "undisturbed"
     config = write_workload(reference, num_episodes, is_wide=is_wide)
     expected = run_undisturbed(reference, config, uuid.uuid4().hex, 600.0)
-    rows: list[Outcome] = []
-    left: list[str] = []
-    are_samples_same = are_metrics_same = True
+    report = Report()
     for number, faults in enumerate(schedule):
         folder = base / f"run-{number}"
         config = write_workload(folder, num_episodes, is_wide=is_wide)
         campaign = Campaign(folder, config, uuid.uuid4().hex, limit_s=_LIMIT_S)
         start_s = time.monotonic()
-        outcomes = campaign.run(faults)
-        left += campaign.find_leftovers()
-        rows += outcomes
-        found = campaign.account()
-        are_samples_same &= found["trained"] == expected["trained"]
-        are_metrics_same &= found["metrics"] == expected["metrics"]
-        survived = sum(outcome.survived for outcome in outcomes)
+        found = campaign.survive(faults, expected)
+        report.add(found)
+        survived = sum(outcome.survived for outcome in found.outcomes)
+        is_same = found.same_training_samples and found.same_metrics
         _tell(
-            f"run {number + 1} of {len(schedule)}: {survived} of {len(outcomes)} survived, samples "
-            f"{'the same' if found == expected else 'DIFFER'}, {time.monotonic() - start_s:.0f} s"
+            f"run {number + 1} of {len(schedule)}: {survived} of {len(found.outcomes)} survived, "
+            f"samples and metrics {'the same' if is_same else 'DIFFER'}, "
+            f"{time.monotonic() - start_s:.0f} s"
         )
-    if parsed.nodes:
-        from scripts.faults.nodes import lose_nodes
-
-        outcomes, found_left = lose_nodes(base, parsed.nodes, _LIMIT_S, _tell)
-        rows += outcomes
-        left += found_left
-    left += sorted(shared_memory() - memory)
-    return {
-        "faults": len(rows),
-        "survived": sum(row.survived for row in rows),
-        "same_training_samples": are_samples_same,
-        "same_metrics": are_metrics_same,
-        "left": left,
-        "rows": describe(rows),
-    }
+    return report
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Faults for a tiny PPO run.")
-    parser.add_argument("--faults", type=int, default=12, help="how many, besides lost nodes")
+    parser.add_argument("--faults", type=int, default=12, help="how many, besides --nodes")
     parser.add_argument("--nodes", type=int, default=0, help="how often a node is lost or cut off")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument(
@@ -159,11 +159,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    sys.stdout.write("| fault | model | stage | outcome | seconds |\n|---|---|---|---|---|\n")
+    sys.stdout.write(
+        "| fault | model | stage | outcome | seconds | details |\n|---|---|---|---|---|---|\n"
+    )
     for row in rows:
         sys.stdout.write(
             f"| {row['fault']} | {row['model']} | {row['stage']} | {row['outcome']} | "
-            f"{row['recovery_s']:.1f} |\n"
+            f"{row['recovery_s']:.1f} | {row['details']} |\n"
         )
 
 

@@ -2,6 +2,9 @@
 
 A fault is a file `<model>.<stage>` in the folder `models.<name>.args.moments`, with the kind of
 fault as its content. The first rank that comes to that stage takes the file away and suffers.
+`<model>.writing` waits for a thread that writes a checkpoint, and strikes when its file is there in
+part. `node.<stage>` is for any worker of the node whose mark is in the file `node.mark`: it stands
+still, and the bench takes its node away.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +28,10 @@ from megatron_adapters import (
     ValueInference,
     ValueTrainer,
 )
+from scripts.faults.traces import MARK
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable, Iterable
 
 __all__ = [
     "SoakPolicy",
@@ -38,18 +43,73 @@ __all__ = [
 ]
 
 PAUSE_S = 2
+# Long enough for the bench to take the node away, shorter than a hang.
+_HOLD_S = 5
+_POLL_S = 0.0002
 
 
 def suffer(module: BaseModule, stage: str) -> None:
     """Do what the file for this model and stage says, if there is one."""
-    folder = Path(module.module_args.args["moments"])
-    moment = folder / f"{module.name}.{stage}"
-    claimed = folder / f"done.{module.name}.{stage}.{os.getpid()}"
+    kind = _claim(module, stage)
+    if kind:
+        _strike(kind, _moments(module))
+
+
+def while_writing(
+    module: BaseModule, job: Callable[[], Iterable[Path] | None]
+) -> Callable[[], Iterable[Path] | None]:
+    """A job of `write_files` that suffers once this rank's file is there in part."""
+    files = module.checkpoint_dir, f"__{module.rank}_*.distcp"
+
+    def write() -> Iterable[Path] | None:
+        kind = _claim(module, "writing")
+        if not kind:
+            return job()
+        is_over = threading.Event()
+
+        def watch() -> None:
+            while not any(path.stat().st_size for path in files[0].glob(files[1])):
+                if is_over.wait(_POLL_S):
+                    break
+            _strike(kind, _moments(module))
+
+        watcher = threading.Thread(target=watch, name="fault", daemon=True)
+        watcher.start()
+        try:
+            return job()
+        finally:
+            is_over.set()
+            watcher.join()
+
+    return write
+
+
+def _moments(module: BaseModule) -> Path:
+    return Path(module.module_args.args["moments"])
+
+
+def _claim(module: BaseModule, stage: str) -> str:
+    """Take the file for this stage away; gives the kind of fault, or nothing."""
+    folder = _moments(module)
+    names = (module.name, "node") if _is_on_doomed_node(folder) else (module.name,)
+    for name in names:
+        claimed = folder / f"done.{name}.{stage}.{module.name}.{os.getpid()}"
+        try:
+            (folder / f"{name}.{stage}").rename(claimed)
+        except FileNotFoundError:
+            continue
+        return claimed.read_text(encoding="utf-8")
+    return ""
+
+
+def _is_on_doomed_node(folder: Path) -> bool:
     try:
-        moment.rename(claimed)
+        return (folder / "node.mark").read_text(encoding="utf-8") == os.environ.get(MARK)
     except FileNotFoundError:
-        return
-    kind = claimed.read_text(encoding="utf-8")
+        return False
+
+
+def _strike(kind: str, folder: Path) -> None:
     own = os.getpid()
     if kind == "kill":
         os.kill(own, signal.SIGKILL)
@@ -57,8 +117,8 @@ def suffer(module: BaseModule, stage: str) -> None:
         os._exit(1)
     elif kind == "stop":
         os.kill(own, signal.SIGSTOP)
-    elif kind == "pause":
-        wake = f"sleep {PAUSE_S}; kill -CONT {own}"
+    elif kind in ("pause", "node"):
+        wake = f"sleep {PAUSE_S if kind == 'pause' else _HOLD_S}; kill -CONT {own}"
         subprocess.Popen(["sh", "-c", wake], start_new_session=True)
         os.kill(own, signal.SIGSTOP)
     elif kind == "driver":
@@ -160,6 +220,10 @@ class SoakPolicyTrainer(PolicyTrainer):
         super().save_checkpoint(iteration)
         suffer(self, "saving")
 
+    def write_files(self, job: Callable[[], Iterable[Path] | None]) -> None:
+        """Writing, which suffers in the midst of it."""
+        super().write_files(while_writing(self, job))
+
 
 class SoakValueTrainer(ValueTrainer):
     """Suffers while it trains, gives weights, or saves."""
@@ -174,3 +238,7 @@ class SoakValueTrainer(ValueTrainer):
         """Saving."""
         super().save_checkpoint(iteration)
         suffer(self, "saving")
+
+    def write_files(self, job: Callable[[], Iterable[Path] | None]) -> None:
+        """Writing, which suffers in the midst of it."""
+        super().write_files(while_writing(self, job))

@@ -7,6 +7,8 @@ that needs the right to make one.
 from __future__ import annotations
 
 import os
+import random
+import re
 import secrets
 import signal
 import socket
@@ -14,23 +16,28 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from scripts.faults.campaign import Campaign, Fault, Outcome, run_undisturbed
-from scripts.faults.traces import MARK, find_processes
-from scripts.faults.workload import write_workload
+from scripts.faults.campaign import SOON_S, Account, Campaign, Fault, Report, run_undisturbed
+from scripts.faults.traces import MARK, Silence, await_end, find_processes
+from scripts.faults.workload import FAULTS, write_workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["TwoNodes", "can_cut", "lose_nodes"]
+__all__ = ["NodeLoss", "TwoNodes", "can_cut", "lose_nodes", "plan_losses"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _SPACE = "chatlearn-soak"
 _LINK, _PEER = "clsoak0", "clsoak1"
 _HEAD_IP, _PEER_IP = "10.77.31.1", "10.77.31.2"
 _START_S = 60.0
+_REJOIN_S = 120.0
+_SILENCE_S = 120.0
+_NUM_EPISODES = 10
+_WORKER = re.compile(r"ray::(?!IDLE)")
 _OPTIONS = ["--disable-usage-stats", "--object-store-memory=200000000", "--num-gpus=0"]
 
 
@@ -74,6 +81,15 @@ class TwoNodes:
             _kill(self.second)
         self.second = self._join(is_apart=False)
 
+    def await_workers_end(self) -> Silence:
+        """Until no worker of a run is left on any node, also on those that were lost."""
+        return await_end(self._find_workers, _SILENCE_S)
+
+    def _find_workers(self) -> dict[int, str]:
+        everyone = [item for mark in self._marks for item in find_processes(mark).items()]
+        # Ray keeps idle workers at hand; those have no actor.
+        return {pid: command for pid, command in everyone if _WORKER.match(command)}
+
     def close(self) -> None:
         """End every process of the cluster."""
         for mark in self._marks:
@@ -103,44 +119,94 @@ class TwoNodes:
         return mark
 
 
-def lose_nodes(
-    base: Path, count: int, limit_s: float, tell: Callable[[str], None]
-) -> tuple[list[Outcome], list[str]]:
-    """Lose a node `count` times, cut off every second time where that can be done.
+@dataclass(frozen=True)
+class NodeLoss:
+    """One loss of a node.
 
-    Returns:
-        The outcomes, and what was left behind or differs from the undisturbed run.
+    Attributes:
+        stage: that a worker of the node is in.
+        moment: of the stage, as of a `Fault`.
+        is_cut: the node is cut off, not killed.
+    """
+
+    stage: str
+    moment: str
+    is_cut: bool
+
+
+def plan_losses(count: int, seed: int, *, has_spaces: bool) -> list[NodeLoss]:
+    """A schedule: every stage in turn, in an order by lot; every second node is cut off.
+
+    Args:
+        count: losses.
+        seed: of the lots.
+        has_spaces: nodes can be cut off here.
+    """
+    lots = random.Random(seed)
+    stages = list(dict.fromkeys(stage for own in FAULTS.values() for stage in own))
+    losses: list[NodeLoss] = []
+    while len(losses) < count:
+        # Another kind of loss for each stage the next time.
+        turn = seed + len(losses) // len(stages)
+        lots.shuffle(stages)
+        for number, stage in enumerate(stages):
+            moment = "writing" if stage == "saving" and turn % 2 == 0 else ""
+            losses.append(NodeLoss(stage, moment, has_spaces and (number + turn) % 2 == 1))
+    return losses[:count]
+
+
+def lose_nodes(
+    base: Path, count: int, seed: int, limit_s: float, tell: Callable[[str], None]
+) -> Report:
+    """Lose a node `count` times, each time in a run of its own, at a stage by lot.
+
+    Both nodes have a rank of the policy and one of its trainer, so that each comes to every stage.
     """
     reference = base / "nodes-undisturbed"
-    config = write_workload(reference, 12, is_wide=True)
+    tell(f"the undisturbed run for nodes: {_NUM_EPISODES} episodes")
+    config = write_workload(reference, _NUM_EPISODES, is_wide=True, **_layout(num_nodes=1))
     expected = run_undisturbed(reference, config, uuid.uuid4().hex, 600.0)
-    outcomes: list[Outcome] = []
-    left: list[str] = []
-    for number in range(count):
-        is_apart = number % 2 == 1 and can_cut()
-        folder = base / f"nodes-{number}"
-        config = write_workload(folder, 12, is_wide=True, devices_per_node=4)
-        nodes = TwoNodes(folder / "cluster", is_apart=is_apart)
-        try:
-            campaign = Campaign(
-                folder,
-                config,
-                uuid.uuid4().hex,
-                nodes.environment,
-                limit_s + 120.0,
-                {"node": nodes.lose},
-            )
-            kind = "cut off" if is_apart else "killed"
-            (outcome,) = campaign.run([Fault("node", "node 1", kind)])
-            outcomes.append(outcome)
-            found = campaign.account()
-            if found["trained"] != expected["trained"]:
-                left.append(f"node {number}: the samples differ")
-            left += campaign.find_leftovers()
-            tell(f"node {number + 1} of {count}, {kind}: {outcome.outcome}")
-        finally:
-            nodes.close()
-    return outcomes, left
+    report = Report()
+    for number, loss in enumerate(plan_losses(count, seed, has_spaces=can_cut())):
+        found = _lose(base / f"nodes-{number}", loss, expected, limit_s + _REJOIN_S)
+        report.add(found)
+        (outcome,) = found.outcomes
+        tell(
+            f"node {number + 1} of {count}, {loss.stage}: {outcome.outcome} ({outcome.details}), "
+            f"{outcome.recovery_s:.0f} s"
+        )
+    return report
+
+
+def _lose(folder: Path, loss: NodeLoss, expected: Account, limit_s: float) -> Report:
+    config = write_workload(folder, _NUM_EPISODES, is_wide=True, **_layout(num_nodes=2))
+    nodes = TwoNodes(folder / "cluster", is_apart=loss.is_cut)
+    moments = folder / "moments"
+    (moments / "node.mark").write_text(nodes.second, encoding="utf-8")
+
+    def strike() -> str:
+        nodes.lose()
+        (claimed,) = moments.glob("done.node.*")
+        how = "cut off" if loss.is_cut else "killed"
+        return f"{how} while it had {claimed.name.split('.')[3]} in this stage"
+
+    try:
+        campaign = Campaign(
+            folder, config, uuid.uuid4().hex, nodes.environment, limit_s, {"node": strike}
+        )
+        report = campaign.survive([Fault("node", "node", loss.stage, loss.moment)], expected)
+        silence = nodes.await_workers_end()
+        report.left += silence.left
+        if silence.waited_s > SOON_S:
+            report.outcomes[0].tell(f"workers ended {silence.waited_s:.0f} s later")
+        return report
+    finally:
+        nodes.close()
+
+
+def _layout(num_nodes: int) -> dict[str, Any]:
+    """Models that have two ranks have one on each node; so the others are on both, too."""
+    return {"colocation": [list(FAULTS)], "devices_per_node": 2 // num_nodes}
 
 
 def can_cut() -> bool:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,27 +22,56 @@ import yaml
 
 from chatlearn.checkpoint.folders import find_newest
 from chatlearn.checkpoint.run_state import read_run_state
+from scripts.faults.checkpoints import find_bad_checkpoints
+from scripts.faults.workload import read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["kill_while_saving"]
+__all__ = ["SaveKills", "kill_while_saving"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _LIMIT_S = 120.0
 _POLL_S = 0.005
 _LONGEST_SAVE_S = 1.5
-_RESUMED = re.compile(r"resuming \S+ after episode (\d+)")
+_RESUMED = re.compile(r"resuming (\S+) after episode \d+")
 
 
-def kill_while_saving(count: int, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Start, kill while saving, start again from what is there, `count` times; then let it end.
+@dataclass(frozen=True)
+class SaveKills:
+    """What became of a run that was killed while it saved.
 
-    Returns:
-        `kills`, `resumed` (starts that went on from the newest checkpoint that was whole),
-        `while_writing` (kills that left a draft or nothing of the checkpoint that was begun),
-        `ended`: whether the last start ran to its end.
+    Attributes:
+        kills: how often; each once there was a whole checkpoint.
+        resumed: starts after a kill that said they went on from the newest whole checkpoint.
+        while_writing: kills that left a draft.
+        ended: the last start ran to its end.
+        same_metrics: as those of the undisturbed run.
+        left: checkpoints of the last start that do not load.
+        last_episode: of the last start.
     """
+
+    kills: int
+    resumed: int
+    while_writing: int
+    ended: bool
+    same_metrics: bool
+    left: list[str]
+    last_episode: int
+
+    @property
+    def is_good(self) -> bool:
+        """Whether each kill was followed by a resume, and the run came to what it should."""
+        is_same = self.ended and self.same_metrics
+        return self.resumed == self.kills and is_same and not self.left
+
+    def to_json(self) -> dict[str, Any]:
+        """The one JSON object that tells of it."""
+        return asdict(self)
+
+
+def kill_while_saving(count: int, seed: int, tell: Callable[[str], None]) -> SaveKills:
+    """Start, kill while saving, start again from what is there, `count` times; then let it end."""
     lots = random.Random(seed)
     base = Path(tempfile.mkdtemp(prefix="chatlearn-save-kills-"))
     try:
@@ -52,40 +82,67 @@ def kill_while_saving(count: int, seed: int, tell: Callable[[str], None]) -> dic
 
 def _kill_all(
     base: Path, count: int, lots: random.Random, tell: Callable[[str], None]
-) -> dict[str, Any]:
+) -> SaveKills:
     config = _write_config(base, num_episodes=100 * count)
     resumed = while_writing = 0
+    known: Path | None = None
     for number in range(count):
-        known = _newest_episode(base)
         log = base / f"start-{number}.log"
-        process = _start(config, log, is_async=number % 2 == 0)
-        is_begun = _await_draft(base, process, known)
+        process = _start(config, log, f"runtime.async_save={str(number % 2 == 0).lower()}")
+        # The draft of a second checkpoint shows that the first one is whole.
+        is_begun = _await_draft(base, process, max(1, _episode_of(known)))
         time.sleep(lots.uniform(0.0, _LONGEST_SAVE_S))
         process.kill()
         process.wait(_LIMIT_S)
-        said = _RESUMED.search(log.read_text(encoding="utf-8", errors="replace"))
-        went_on = int(said[1]) if said else 0
-        is_right = is_begun and went_on == known
-        resumed += is_right
+        if not is_begun:
+            tell(f"kill {number + 1}: nothing was being saved: {_read(log)}")
+            break
+        if known is not None:
+            resumed += _went_on_from(known, log, tell)
         drafts = list(base.glob("runs/kills/*/checkpoints/.*.partial"))
         while_writing += bool(drafts)
         for draft in drafts:
             shutil.rmtree(draft)
-        if not is_right:
-            tell(f"kill {number + 1}: went on from {went_on}, there was {known}: {log.read_text()}")
-        elif (number + 1) % 10 == 0:
+        known = _newest(base)
+        if (number + 1) % 10 == 0:
             tell(f"{number + 1} kills, {resumed} resumed, {while_writing} left a draft")
-    known = _newest_episode(base)
     log = base / "last.log"
-    process = _start(config, log, is_async=True, more=f"runtime.num_episode={known + 1}")
-    code = process.wait(_LIMIT_S)
-    return {
-        "kills": count,
-        "resumed": resumed,
-        "while_writing": while_writing,
-        "ended": code == 0,
-        "last_episode": _newest_episode(base),
-    }
+    last_episode = _episode_of(known) + 1
+    code = _start(config, log, f"runtime.num_episode={last_episode}").wait(_LIMIT_S)
+    resumed += known is not None and _went_on_from(known, log, tell)
+    tell(f"the undisturbed run: {last_episode} episodes")
+    return SaveKills(
+        kills=count,
+        resumed=resumed,
+        while_writing=while_writing,
+        ended=code == 0 and _episode_of(_newest(base)) == last_episode,
+        same_metrics=read_metrics(base, "kills") == _run_undisturbed(base, config, last_episode),
+        left=find_bad_checkpoints(sorted(base.glob("runs/kills/*"))[-1:]),
+        last_episode=_episode_of(_newest(base)),
+    )
+
+
+def _run_undisturbed(base: Path, config: Path, num_episodes: int) -> list[dict[str, float]]:
+    """The metrics of as many episodes at one go."""
+    log = base / "undisturbed.log"
+    overrides = ("runtime.exp_name=undisturbed", f"runtime.num_episode={num_episodes}")
+    code = _start(config, log, *overrides).wait(_LIMIT_S + 10.0 * num_episodes)
+    if code != 0:
+        raise RuntimeError(f"the undisturbed run ended with {code}: {_read(log)}")
+    return read_metrics(base, "undisturbed")
+
+
+def _went_on_from(checkpoint: Path, log: Path, tell: Callable[[str], None]) -> bool:
+    """Whether a start said that it resumed this checkpoint."""
+    said = _RESUMED.search(_read(log))
+    is_right = said is not None and Path(said[1]) == checkpoint.resolve()
+    if not is_right:
+        tell(f"there was {checkpoint}, but the next start said: {_read(log)}")
+    return is_right
+
+
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def _write_config(base: Path, num_episodes: int) -> Path:
@@ -135,9 +192,8 @@ def build_engine(config: Any) -> Any:
     return Engine(None, Trainer(lambda batch: trainer.train_step(batch)))
 
 
-def _start(config: Path, log: Path, *, is_async: bool, more: str = "") -> subprocess.Popen[bytes]:
+def _start(config: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "chatlearn.cli.main", "train", str(config)]
-    overrides = [f"runtime.async_save={str(is_async).lower()}", *([more] if more else [])]
     with log.open("wb") as output:
         return subprocess.Popen(
             [*command, *overrides],
@@ -159,6 +215,9 @@ def _await_draft(base: Path, process: subprocess.Popen[bytes], known: int) -> bo
     return False
 
 
-def _newest_episode(base: Path) -> int:
-    found = find_newest(sorted(base.glob("runs/kills/*/checkpoints"))).checkpoint
-    return read_run_state(found).episode if found is not None else 0
+def _newest(base: Path) -> Path | None:
+    return find_newest(sorted(base.glob("runs/kills/*/checkpoints"))).checkpoint
+
+
+def _episode_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else read_run_state(checkpoint).episode

@@ -5,11 +5,37 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["MARK", "await_silence", "find_processes", "kill_marked", "shared_memory"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "MARK",
+    "Silence",
+    "await_end",
+    "await_silence",
+    "find_processes",
+    "kill_marked",
+    "shared_memory",
+]
 
 MARK = "CHATLEARN_SOAK_MARK"
+
+
+@dataclass(frozen=True)
+class Silence:
+    """How the processes with a mark ended.
+
+    Attributes:
+        left: those that are still there, by number and command line.
+        waited_s: how long that was waited for.
+    """
+
+    left: tuple[str, ...]
+    waited_s: float
 
 
 def find_processes(mark: str) -> dict[int, str]:
@@ -30,14 +56,20 @@ def find_processes(mark: str) -> dict[int, str]:
     return found
 
 
-def await_silence(mark: str, timeout_s: float) -> list[str]:
-    """Wait until no process has the mark; gives those that are still there then."""
-    deadline = time.monotonic() + timeout_s
-    while left := find_processes(mark):
-        if time.monotonic() > deadline:
-            return [f"{pid}: {command}" for pid, command in left.items()]
+def await_silence(mark: str, timeout_s: float) -> Silence:
+    """Wait until no process has the mark."""
+    return await_end(lambda: find_processes(mark), timeout_s)
+
+
+def await_end(find: Callable[[], dict[int, str]], timeout_s: float) -> Silence:
+    """Wait until no process is found, which are given by number with their command lines."""
+    start_s = time.monotonic()
+    while left := find():
+        if time.monotonic() > start_s + timeout_s:
+            found = tuple(f"{pid}: {command}" for pid, command in left.items())
+            return Silence(found, time.monotonic() - start_s)
         time.sleep(0.2)
-    return []
+    return Silence((), time.monotonic() - start_s)
 
 
 def kill_marked(mark: str) -> None:

@@ -116,9 +116,9 @@ def read_account(folder: Path) -> dict[str, str]:
     return found
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path, name: str = "soak") -> list[dict[str, float]]:
     """The metrics of the newest run, timings aside; with those that it goes on from."""
-    runs = sorted((folder / "runs" / "soak").glob("*"))
+    runs = sorted((folder / "runs" / name).glob("*"))
     if not runs:
         return []
     lines = (runs[-1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
