@@ -9,8 +9,8 @@ import torch
 
 from chatlearn.checkpoint.folders import find_checkpoints, find_damage
 from chatlearn.checkpoint.run_state import read_run_state
-from chatlearn.errors import CheckpointError, in_one_line
-from megatron_adapters.checkpoint_reader import open_reader
+from chatlearn.errors import CheckpointError
+from megatron_adapters.checkpoint_reader import describe_damage, open_reader
 from megatron_adapters.saved_metadata import METADATA_FILE, read_metadata
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _why_not_loadable(checkpoint: Path) -> str | None:
         load_whole(checkpoint)
     # torch's own is a BaseException.
     except (Exception, CheckpointException) as error:  # noqa: BLE001 - damaged files raise anything
-        return f"does not load: {in_one_line(error)}"
+        return f"does not load: {describe_damage(error)}"
     return None
 
 

@@ -37,7 +37,7 @@ _START_S = 60.0
 _REJOIN_S = 120.0
 _SILENCE_S = 120.0
 _NUM_EPISODES = 10
-_WORKER = re.compile(r"ray::(?!IDLE)")
+_WORKER = re.compile(r"ray::(?!IDLE|\w+Agent)")
 _OPTIONS = ["--disable-usage-stats", "--object-store-memory=200000000", "--num-gpus=0"]
 
 
@@ -87,7 +87,7 @@ class TwoNodes:
 
     def _find_workers(self) -> dict[int, str]:
         everyone = [item for mark in self._marks for item in find_processes(mark).items()]
-        # Ray keeps idle workers at hand; those have no actor.
+        # Ray keeps idle workers at hand, and agents of each node.
         return {pid: command for pid, command in everyone if _WORKER.match(command)}
 
     def close(self) -> None:
