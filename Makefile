@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 VENV_BENCH ?= .venv-bench
 TORCH_CPU ?= torch==2.13.0
-FAULTS := tests/integration/faults
-NO_FAULTS := --ignore $(FAULTS)
+FAULTS := tests/integration/faults tests/contract/test_sync_faults.py
+NO_FAULTS := $(addprefix --ignore=,$(FAULTS))
 export VENV_BENCH
 
 .DEFAULT_GOAL := help

@@ -5,6 +5,7 @@ from functools import cache
 import megatron_cases as cases
 import pytest
 import torch
+from long_forms import every
 
 from chatlearn.sync.plan import plan_sync
 from chatlearn.sync.records import Endpoint
@@ -114,7 +115,7 @@ def carry_out(plan, tensors):
             region.copy_(values.view(region.shape))
 
 
-@pytest.mark.parametrize(("source", "destination"), PAIRS)
+@pytest.mark.parametrize(("source", "destination"), every(2, PAIRS))
 def test_synced_weights_are_bit_equal(export, source, destination):
     given, wanted = export(source, 1), export(destination, 1)
     for nodes in (1, 3):

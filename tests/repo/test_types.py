@@ -58,6 +58,7 @@ NOT_STRICT = {
     "scripts/bench/sync_baselines.py",
     "scripts/bench/sync_megatron.py",
     "scripts/demo/report.py",
+    "scripts/faults/checkpoints.py",
     "scripts/examples/huggingface_ppo.py",
     "scripts/fuzzing/checkpoint_cases.py",
 }
