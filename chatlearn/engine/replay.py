@@ -204,6 +204,11 @@ def _build(record: Mapping[str, Any]) -> BaseModule:
     kind = load_object(path, "the dump's module")
     if not isinstance(kind, type) or not issubclass(kind, BaseModule):
         raise ConfigError(f"the dump's module {record['module']} is not a subclass of BaseModule")
+    if "args" in record and record["args"] is None:
+        raise ConfigError(
+            f"the dump's module {record['module']} was built with arguments that no file holds: "
+            "give it numbers, texts, lists and dicts to make its steps repeatable"
+        )
     arguments = [record["args"]] if record.get("args") else []
     try:
         return kind(record["model"], *arguments)

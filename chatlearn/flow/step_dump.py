@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.checkpoint.background import FileWriter
 from chatlearn.checkpoint.plain_values import save_plain
+from chatlearn.config.secrets import hide_in_config
 from chatlearn.errors import ChatLearnError, in_one_line
 from chatlearn.flow.faults import largest
 
@@ -159,7 +160,7 @@ def _write_record(
         "model": context.model_name,
         "module": f"{kind.__module__}:{kind.__qualname__}",
         "program": _find_program(kind),
-        "args": context.module.args,
+        "args": _plain_arguments(context.module.args),
         "method": call.method_name,
         "iteration": call.iteration,
         "num_updates": call.num_updates,
@@ -171,11 +172,19 @@ def _write_record(
     try:
         text = json.dumps(record, indent=1)
     except TypeError as error:
-        raise ChatLearnError(
-            f"the step's options or the module's arguments cannot be written: {error}"
-        ) from error
+        raise ChatLearnError(f"the step's options cannot be written: {error}") from error
     (draft / RECORD_FILE).write_text(text, encoding="utf-8")
     shutil.copyfile(context.module.run_dir / "config.yaml", draft / "config.yaml")
+
+
+def _plain_arguments(arguments: dict[str, Any]) -> Any:
+    """A module's arguments without secrets, as the config has them; None: no text can hold them."""
+    hidden = hide_in_config(arguments)
+    try:
+        json.dumps(hidden)
+    except (TypeError, ValueError):
+        return None
+    return hidden
 
 
 def _find_program(kind: Any) -> str | None:
