@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from chatlearn.checkpoint.plain_values import load_plain, save_plain
@@ -23,11 +23,12 @@ from chatlearn.models.faults import find_reward_fault
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from chatlearn.config.guards import GuardsConfig
     from chatlearn.models.faults import NumericFault
 
-__all__ = ["KIND", "RewardDump", "replay_rewards"]
+__all__ = ["KIND", "Collapse", "dump_rewards", "replay_rewards"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,54 +36,57 @@ KIND = "rewards"
 _ROWS_FILE = "samples.pt"
 
 
-class RewardDump:
-    """What an episode's samples were, and what they are measured by.
+@dataclass(frozen=True)
+class Collapse:
+    """An episode whose reward has collapsed.
+
+    Attributes:
+        fault: what is wrong.
+        episode: counted from 1.
+        best: largest mean reward of an episode before.
+    """
+
+    fault: NumericFault
+    episode: int
+    best: float
+
+
+def dump_rewards(
+    run_dir: Path, guards: GuardsConfig, collapse: Collapse, rows: Sequence[Mapping[str, Any]]
+) -> Path | None:
+    """Write a dump; None where there are enough of them, or it cannot be written.
 
     Args:
         run_dir: the run's folder.
         guards: the limits.
+        collapse: why.
+        rows: the episode's samples.
     """
-
-    def __init__(self, run_dir: Path, guards: GuardsConfig) -> None:
-        self._run_dir = run_dir
-        self._guards = guards
-
-    def write(
-        self, fault: NumericFault, rows: Sequence[Mapping[str, Any]], episode: int, best: float
-    ) -> Path | None:
-        """Write a dump; None where there are enough of them, or it cannot be written.
-
-        Args:
-            fault: why.
-            rows: the episode's samples.
-            episode: counted from 1.
-            best: largest mean reward of an episode before.
-        """
-        dumps = self._run_dir / "dumps"
-        number = 1 + len(list(dumps.glob(f"{KIND}-*")))
-        if not self._guards.dump or number > self._guards.max_dumps:
-            return None
-        folder = dumps / f"{KIND}-{number}"
-        draft = folder.with_name(f".{folder.name}.partial")
-        record = {
-            "format": 1,
-            "kind": KIND,
-            "episode": episode,
-            "best": best,
-            "fault": {"name": fault.name, "value": repr(fault.value), "text": fault.text},
-        }
-        try:
-            draft.mkdir(parents=True, exist_ok=True)
-            content = [dict(row) for row in rows]
-            save_plain(draft / _ROWS_FILE, content, f"a sample of episode {episode}")
-            (draft / RECORD_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-            shutil.copyfile(self._run_dir / "config.yaml", draft / "config.yaml")
-            os.replace(draft, folder)
-        except (OSError, ChatLearnError) as error:
-            logger.warning("the episode's samples cannot be dumped: %s", in_one_line(error))
-            shutil.rmtree(draft, ignore_errors=True)
-            return None
-        return folder
+    dumps, fault = run_dir / "dumps", collapse.fault
+    number = 1 + len(list(dumps.glob(f"{KIND}-*")))
+    if not guards.dump or number > guards.max_dumps:
+        return None
+    folder = dumps / f"{KIND}-{number}"
+    draft = folder.with_name(f".{folder.name}.partial")
+    record = {
+        "format": 1,
+        "kind": KIND,
+        "episode": collapse.episode,
+        "best": collapse.best,
+        "fault": {"name": fault.name, "value": repr(fault.value), "text": fault.text},
+    }
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        content = [dict(row) for row in rows]
+        save_plain(draft / _ROWS_FILE, content, f"a sample of episode {collapse.episode}")
+        (draft / RECORD_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        shutil.copyfile(run_dir / "config.yaml", draft / "config.yaml")
+        os.replace(draft, folder)
+    except (OSError, ChatLearnError) as error:
+        logger.warning("the episode's samples cannot be dumped: %s", in_one_line(error))
+        shutil.rmtree(draft, ignore_errors=True)
+        return None
+    return folder
 
 
 def replay_rewards(folder: Path, record: Mapping[str, Any], overrides: Sequence[str]) -> Replay:

@@ -6,7 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from chatlearn.engine.reward_dump import RewardDump
+from chatlearn.engine.reward_dump import Collapse, dump_rewards
 from chatlearn.errors import NumericsError
 from chatlearn.models.faults import find_reward_fault
 
@@ -46,7 +46,8 @@ def may_train(
     fault = find_reward_fault(guards, rollout.metrics().get(_REWARD), best)
     if fault is None or best is None:
         return True
-    dump = RewardDump(run_dir, guards).write(fault, rollout.fetch_made_rows(), rollout.number, best)
+    collapse = Collapse(fault, int(history[-1]["step"]) + 1, best)
+    dump = dump_rewards(run_dir, guards, collapse, rollout.fetch_made_rows())
     told = fault.text
     if dump is not None:
         told += f"; its samples are in {dump}: run `chatlearn replay` on it"

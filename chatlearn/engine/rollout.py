@@ -84,8 +84,6 @@ class Rollout:
         self._stream: StreamDataset | None = None
         # Before a sample manager has chosen.
         self._made: StreamDataset | None = None
-        # Of the episode, counted from 1.
-        self.number = 0
         self._num_samples = 0
         self._relay_metrics: dict[str, float] = {}
 
@@ -135,7 +133,6 @@ class Rollout:
             self._start_flow(self._prompts.load(requests), stream)
         self._stream = self._made = stream
         self._num_samples = stream.num_rows
-        self.number = episode + 1
         if self._manager is not None:
             self._stream = stream = self._select_samples(stream, episode)
         return stream

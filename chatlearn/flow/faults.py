@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from chatlearn.models.faults import NumericFault
+from chatlearn.models.faults import SEVERITY, NumericFault
 
 if TYPE_CHECKING:
     from chatlearn.config.guards import GuardsConfig
     from chatlearn.parallel.context import WorkerContext
 
 __all__ = ["agree_on_fault", "find_weight_fault", "largest"]
-
-_SEVERITY = {"warn": 1.0, "skip": 2.0, "stop": 3.0}
 
 
 def find_weight_fault(guards: GuardsConfig, model: Any) -> NumericFault | None:
@@ -43,7 +41,7 @@ def find_weight_fault(guards: GuardsConfig, model: Any) -> NumericFault | None:
 
 def agree_on_fault(context: WorkerContext, own: NumericFault | None) -> NumericFault | None:
     """The gravest fault of any rank of the replica, the same on all; each rank calls it."""
-    worst = largest(context, 0.0 if own is None else _SEVERITY[own.action])
+    worst = largest(context, 0.0 if own is None else SEVERITY[own.action])
     if worst == 0.0 or not _has_world(context):
         return own
     import torch.distributed
@@ -52,7 +50,7 @@ def agree_on_fault(context: WorkerContext, own: NumericFault | None) -> NumericF
     found: list[Any] = [None] * context.layout.world_size
     distributed.all_gather_object(found, own)
     faults = cast("list[NumericFault | None]", found)
-    return next(f for f in faults if f is not None and _SEVERITY[f.action] == worst)
+    return next(f for f in faults if f is not None and SEVERITY[f.action] == worst)
 
 
 def largest(context: WorkerContext, number: float) -> float:

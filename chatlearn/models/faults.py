@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
     from chatlearn.config.guards import Action, GuardsConfig
 
-__all__ = ["NumericFault", "find_fault", "find_reward_fault"]
+__all__ = ["SEVERITY", "NumericFault", "find_fault", "find_reward_fault"]
 
 _LIMITED = ("kl", "update_kl", "ratio_gap", "logprob_gap", "grad_norm")
-_SEVERITY = {"warn": 0, "skip": 1, "stop": 2}
+SEVERITY = {"warn": 1, "skip": 2, "stop": 3}
 _HINTS = {
     "kl": "raise kl_coef, or lower the learning rate",
     "update_kl": "lower the learning rate, or make fewer updates of an episode",
@@ -66,7 +66,7 @@ def find_fault(guards: GuardsConfig, numbers: Mapping[str, float]) -> NumericFau
         action: Action = getattr(guards, f"{name}_action")
         text = f"{name} is {value:.4g}, above guards.{name}_limit={limit:g}: {_HINTS[name]}"
         faults.append(NumericFault(name, value, action, text))
-    return max(faults, key=lambda fault: _SEVERITY[fault.action], default=None)
+    return max(faults, key=lambda fault: SEVERITY[fault.action], default=None)
 
 
 def find_reward_fault(

@@ -249,8 +249,8 @@ class Diverging(chatlearn.BaseModule):
         return {"loss": float("nan") if is_bad else 1.0}
 
 
-def diverge(what):
-    trainer = Diverging("trainer", {"what": what})
+def diverge(what, **arguments):
+    trainer = Diverging("trainer", {"what": what, **arguments})
     engine = chatlearn.Engine(None, chatlearn.Trainer(lambda b: trainer.train_step(b)))
     return engine.set_dataset([{"number": i} for i in range(4)])
 
@@ -306,18 +306,16 @@ def test_a_step_of_a_program_of_ones_own_is_run_again(tmp_path, capsys):
 def test_a_dump_holds_no_secret_and_is_written_whatever_the_arguments_are(
     learn_locally, tmp_path, capsys
 ):
-    def fail(arguments):
-        trainer = Diverging("trainer", {"what": "weights", **arguments})
-        engine = chatlearn.Engine(None, chatlearn.Trainer(lambda b: trainer.train_step(b)))
+    def fail(**arguments):
+        engine = diverge("weights", **arguments)
         with pytest.raises(WorkerError, match="chatlearn replay"):
-            rows = [{"number": i} for i in range(4)]
-            learn_locally(engine.set_dataset(rows), **ONE_AT_A_TIME)
+            learn_locally(engine, **ONE_AT_A_TIME)
         return max(tmp_path.glob("chatlearn/*/dumps/*"), key=lambda path: path.stat().st_mtime)
 
-    dump = fail({"api_token": "sesame-open-now"})
+    dump = fail(api_token="sesame-open-now")
     text = (dump / "step.json").read_text()
     assert "API_TOKEN" in text
     assert "sesame" not in text
-    code, said = replay(fail({"thing": object()}), capsys)
+    code, said = replay(fail(thing=object()), capsys)
     assert code == 2
     assert "arguments that no file holds" in said.err
