@@ -20,6 +20,7 @@ if not __package__:
     # Started as a file: what is beside it must not hide installed packages.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from scripts.bench.command_line import build_parser
 from scripts.bench.dtypes import list_dtypes
 from scripts.bench.measures import (
     Measure,
@@ -58,15 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench/train_vs_transformers.py", description=__doc__
-    )
-    parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
-    parser.add_argument("--rounds", type=int, default=7, help="of each side")
-    parser.add_argument("--threads", type=int, default=2, help="of each side")
+    prog = "scripts/bench/train_vs_transformers.py"
+    parser = build_parser(prog, __doc__, _PARTS, num_rounds=7)
     parser.add_argument("--mfu-rows", type=int, default=16, help="of 256 tokens, in the wide step")
-    parser.add_argument("--quick", action="store_true", help="tiny: only to see it run")
     return parser.parse_args(arguments)
 
 
