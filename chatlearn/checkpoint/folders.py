@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -118,12 +119,16 @@ class CheckpointDraft:
 
 
 def begin_checkpoint(checkpoints_dir: Path, episode: int) -> CheckpointDraft:
-    """An empty draft folder for the checkpoint after `episode` finished episodes."""
+    """An empty draft folder for the checkpoint after `episode` finished episodes.
+
+    Its name is its own: a writer of an earlier try may live on, on a node that is cut off.
+    """
     final = checkpoints_dir / f"episode_{episode:06d}"
-    folder = checkpoints_dir / f".{final.name}.partial"
+    folder = checkpoints_dir / f".{final.name}.{secrets.token_hex(4)}.partial"
     draft = CheckpointDraft(folder, final)
     try:
-        draft.discard()
+        for earlier in checkpoints_dir.glob(f".{final.name}.*partial"):
+            shutil.rmtree(earlier, ignore_errors=True)
         (folder / "models").mkdir(parents=True)
         draft.receipts.mkdir()
         note_writer(checkpoints_dir)

@@ -109,23 +109,28 @@ class Heartbeats:
                 return
             with self._lock:
                 workers = dict(self._workers)
+            silent: dict[WorkerSummary, Any] = {}
             for worker, asked in workers.items():
                 if self._is_closed.is_set():
                     return
                 try:
-                    self._look(worker, asked)
+                    if self._is_silent(worker, asked):
+                        silent[worker] = asked.handle
                 except Exception:  # noqa: BLE001 - a watch must not end the run
                     # It is dead, which its other watch tells.
                     self.remove(worker)
+            if silent:
+                self._declare_dead(silent)
 
-    def _look(self, worker: WorkerSummary, asked: _Asked) -> None:
+    def _is_silent(self, worker: WorkerSummary, asked: _Asked) -> bool:
+        """Ask a worker, or look at its answer; True once it has been silent for too long."""
         import ray
 
         now = time.monotonic()
         if asked.question is None:
             beat = asked.handle.beat.options(concurrency_group="control")
             asked.question, asked.asked_s = beat.remote(), now
-            return
+            return False
         ready, _ = ray.wait([asked.question], timeout=0)
         if ready:
             asked.beat, asked.beat_s = ray.get(asked.question), now
@@ -141,7 +146,23 @@ class Heartbeats:
                 self.describe(worker),
             )
             self.remove(worker)
-            kill_workers([worker])
+            return True
+        return False
+
+    def _declare_dead(self, silent: Mapping[WorkerSummary, Any]) -> None:
+        """Let Ray call these dead at once, and end their processes where they can be reached.
+
+        On a node that is cut off nobody can; without the first step the run would wait until Ray
+        gives up the node, a minute or more.
+        """
+        import ray
+
+        try:
+            for handle in silent.values():
+                ray.kill(handle)
+            kill_workers(silent)
+        except Exception as error:  # noqa: BLE001 - a watch must not end the run
+            logger.warning("workers that do not answer could not be ended: %s", error)
 
 
 def kill_workers(workers: Collection[WorkerSummary]) -> None:

@@ -36,6 +36,8 @@ _HEAD_IP, _PEER_IP = "10.77.31.1", "10.77.31.2"
 _START_S = 60.0
 _REJOIN_S = 120.0
 _SILENCE_S = 120.0
+# The agents of a node that is cut off notice that by themselves, in four minutes or so.
+_SILENCE_APART_S = 360.0
 _NUM_EPISODES = 10
 _WORKER = re.compile(r"ray::(?!IDLE|\w+Agent)")
 _OPTIONS = ["--disable-usage-stats", "--object-store-memory=200000000", "--num-gpus=0"]
@@ -76,14 +78,18 @@ class TwoNodes:
     def lose(self) -> None:
         """Kill or cut off the second node; a new one joins, as a cluster's manager would see to."""
         if self._is_apart:
-            _run("ip", "link", "set", _LINK, "down")
+            self.cut()
         else:
             _kill(self.second)
         self.second = self._join(is_apart=False)
 
+    def cut(self) -> None:
+        """Cut off the second node, which lives apart."""
+        _run("ip", "link", "set", _LINK, "down")
+
     def await_workers_end(self) -> Silence:
         """Until no worker of a run is left on any node, also on those that were lost."""
-        return await_end(self._find_workers, _SILENCE_S)
+        return await_end(self._find_workers, _SILENCE_APART_S if self._is_apart else _SILENCE_S)
 
     def _find_workers(self) -> dict[int, str]:
         everyone = [item for mark in self._marks for item in find_processes(mark).items()]

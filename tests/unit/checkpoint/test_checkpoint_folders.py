@@ -37,6 +37,17 @@ def save(folder, episode, created_s=0.0):
     return draft.commit(replace(STATE, episode=episode, created_s=created_s))
 
 
+def test_a_draft_made_anew_has_another_name_and_the_earlier_one_is_gone(tmp_path):
+    earlier, other = begin_checkpoint(tmp_path, 3), begin_checkpoint(tmp_path, 4)
+    again = begin_checkpoint(tmp_path, 3)
+    assert again.folder != earlier.folder
+    assert not earlier.folder.exists()
+    assert other.folder.exists()
+    with pytest.raises(FileNotFoundError):
+        # What a writer that lives on would still do.
+        (earlier.model_folder("policy") / "model.pt").write_text("of another time")
+
+
 def test_a_checkpoint_is_seen_once_it_is_committed(tmp_path):
     draft = begin_checkpoint(tmp_path, 3)
     draft.model_folder("policy").mkdir()
