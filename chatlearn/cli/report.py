@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from chatlearn.cli.parameter_count import count_parameters, parameter_bytes
+from chatlearn.cli.planned_config import planned_config
 from chatlearn.cli.tables import print_table
 from chatlearn.engine.files import find_missing_data
 from chatlearn.flow.graph import describe_graph
 from chatlearn.runtime.placement import describe_placement
 
 if TYPE_CHECKING:
-    from chatlearn.config import Config
+    from chatlearn.config import Config, ModelConfig
     from chatlearn.engine.engine import Engine
     from chatlearn.engine.planning import RunPlan
     from chatlearn.flow.graph import FlowGraph
@@ -46,9 +47,7 @@ def print_plan(
         header = ("call", "inputs", "waits for", "returned", "line")
         print_table(console, f"{graph.name} flow", header, _graph_rows(graph))
     header = ("model", "module", "TP", "PP", "VPP", "CP", "DP", "replicas", "ranks", "on", "size")
-    rows = [
-        _model_row(request, flows.modules[request.model_name], config) for request in plan.requests
-    ]
+    rows = [_model_row(plan, request, config) for request in plan.requests]
     print_table(console, "models", header, rows)
     kind = "GPUs" if placement.device_kind == "gpu" else "logical devices"
     title = f"placement on {placement.num_nodes} x {placement.devices_per_node} {kind}"
@@ -83,14 +82,15 @@ def _shorten(line: str) -> str:
     return where.removeprefix(os.getcwd() + os.sep)
 
 
-def _model_row(request: ModelRequest, module: BaseModule, config: Config) -> tuple[str, ...]:
+def _model_row(plan: RunPlan, request: ModelRequest, config: Config) -> tuple[str, ...]:
+    module = plan.flows.modules[request.model_name]
     layout = request.layout
     path = config.model(request.model_name).module or type(module).__qualname__
     sizes = (layout.tp_size, layout.pp_size, layout.vpp_size, layout.cp_size, layout.dp_size)
     where = f"{request.num_ranks * request.cpus_per_rank} CPUs"
     if not request.is_cpu_only:
         where = f"{request.num_ranks} devices"
-    size = _describe_size(module, config)
+    size = _describe_size(module, planned_config(plan, config, request.model_name))
     counts = (*sizes, request.num_replicas, request.num_ranks)
     return (request.model_name, path, *map(str, counts), where, size)
 
@@ -122,8 +122,10 @@ def _print_syncs(console: Console, plan: RunPlan, config: Config) -> None:
     rows: list[tuple[str, ...]] = []
     for source_name, destination_name in plan.flows.syncs:
         source, destination = by_name[source_name], by_name[destination_name]
-        size = _describe_size(plan.flows.modules[source_name], config)
-        received = _describe_size(plan.flows.modules[destination_name], config)
+        size, received = (
+            _describe_size(plan.flows.modules[name], planned_config(plan, config, name))
+            for name in (source_name, destination_name)
+        )
         frequency = config.model(destination_name).sync_frequency
         rows.append(
             (
@@ -158,9 +160,9 @@ def _describe_layout(layout: ParallelLayout) -> str:
     return " ".join(f"{name}{size}" for name, size in sizes if size > 1) or "one rank"
 
 
-def _describe_size(module: BaseModule, config: Config) -> str:
+def _describe_size(module: BaseModule, config: ModelConfig) -> str:
     """Parameters and bytes of one whole copy of a Megatron model, else `unknown`."""
-    fields = config.model(module.name).megatron
+    fields = config.megatron
     # Only Megatron modules say which head they have; any other may build what it likes.
     head = getattr(module, "head", None)
     count = count_parameters(fields, has_scalar_head=head == "scalar") if head else None

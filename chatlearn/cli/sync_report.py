@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from chatlearn.cli.planned_config import planned_config
 from chatlearn.cli.tables import print_table
 from chatlearn.errors import ConfigError, SyncError
 from chatlearn.sync.forecast import PlannedModel, forecast_sync
@@ -95,7 +96,9 @@ def _forecast(
     by_name = {request.model_name: request for request in plan.requests}
     for model in pair:
         request = by_name[model]
-        found = modules[model].planned_weight_shards(config.model(model), request.layout)
+        found = modules[model].planned_weight_shards(
+            planned_config(plan, config, model), request.layout
+        )
         if found is None:
             return _Forecast(name, None, None, f"what {model} holds is known when its workers run")
         sides.append(PlannedModel(model, found, request.num_replicas))

@@ -7,6 +7,7 @@ may differ freely along the flow.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,7 +94,8 @@ class FlowSettings:
     """How a flow is cut into calls.
 
     Attributes:
-        batch_sizes: rows of one call, by model; None or absent: an even share for each lane.
+        batch_sizes: rows of one call, by model; None or absent: a share for each lane, of the tokens
+            that are known, else of the rows.
         train_limits: of one micro-batch of a training call.
         is_deterministic: compose batches by row id, not by arrival.
         iteration: what modules get as `iteration` in training calls.
@@ -178,18 +180,37 @@ class FlowRun:
 
     def _build_queue(self, node: FlowNode) -> NodeQueue:
         num_lanes = len(self._pool.lanes(node.model_name))
+        size = self._settings.batch_sizes.get(node.model_name)
+        spread = None
         if node.method_name == TRAIN_METHOD:
             batch_size = len(self._rows)
+        elif size is not None:
+            batch_size = _whole_prompts(size, self._samples_per_prompt)
         else:
-            even_share = -(-len(self._rows) // num_lanes)
-            size = self._settings.batch_sizes.get(node.model_name)
-            batch_size = (
-                even_share if size is None else _whole_prompts(size, self._samples_per_prompt)
-            )
+            batch_size = -(-len(self._rows) // num_lanes)
+            if num_lanes > 1 and not self._settings.is_deterministic:
+                spread = functools.partial(self._spread, node, num_lanes)
         producers = tuple(sorted({index for index in node.inputs if index != ROOT}))
         return NodeQueue(
-            tuple(self._rows), len(producers), batch_size, self._settings.is_deterministic
+            tuple(self._rows),
+            len(producers),
+            batch_size,
+            self._settings.is_deterministic,
+            spread,
         )
+
+    def _spread(
+        self, node: FlowNode, num_lanes: int, row_ids: Sequence[RowId]
+    ) -> list[tuple[RowId, ...]]:
+        """What is ready, for every lane a share of its tokens; nothing before there are any.
+
+        A prompt that has no response yet says nothing of the work to come.
+        """
+        loads = self._loads(node, row_ids)
+        if not any(load.response for load in loads.values()):
+            return []
+        cut = cut_batch(row_ids, num_lanes, Limits(), loads)
+        return [rows for lane in cut for rows in lane if rows]
 
     def _dispatch_micro_batches(self, node: FlowNode, queue: NodeQueue) -> None:
         lost = self._lost.get(node.index, [])
@@ -261,10 +282,7 @@ class FlowRun:
     def train_calls(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[TrainCall, ...]:
         """The training calls of one global batch, one for each lane of the node's model."""
         lanes = self._pool.lanes(node.model_name)
-        loads = {
-            row_id: merge_loads(source.load for _, source in self._row_sources(node, row_id))
-            for row_id in row_ids
-        }
+        loads = self._loads(node, row_ids)
         cut = cut_batch(row_ids, len(lanes), self._settings.train_limits, loads)
         num_calls = sum(
             other.model_name == node.model_name and other.method_name == TRAIN_METHOD
@@ -282,6 +300,12 @@ class FlowRun:
             )
             for micro_batches in cut
         )
+
+    def _loads(self, node: FlowNode, row_ids: Sequence[RowId]) -> dict[RowId, RowLoad]:
+        return {
+            row_id: merge_loads(source.load for _, source in self._row_sources(node, row_id))
+            for row_id in row_ids
+        }
 
     def _inputs(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[StageInput, ...]:
         batches: dict[tuple[int, str], dict[int, RemoteValue]] = {}

@@ -70,6 +70,11 @@ class PlannedModule(BaseModule):
             return (f"save_huggingface: {error}",)
         return ()
 
+    def decide_precision(self, config: "ModelConfig", device_type: str) -> "ModelConfig":
+        """The model's config as its workers will take it on such devices, `cpu` or `cuda`."""
+        fields = with_precision(config.megatron, device_type)
+        return config.model_copy(update={"megatron": fields})
+
     def planned_weight_shards(
         self, config: "ModelConfig", layout: "ParallelLayout"
     ) -> tuple[tuple[TensorShard, ...], ...] | None:

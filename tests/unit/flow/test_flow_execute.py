@@ -64,6 +64,55 @@ def test_batches_have_the_configured_size_and_a_short_rest():
     assert sorted(len(ids) for ids, _ in third.calls) == [17, 18]
 
 
+class Speaker(Tagger):
+    """Gives responses of long-tailed lengths to prompts of three tokens."""
+
+    def forward_step(self, data):
+        lengths = [1 + 1400 // (1 + int(x) * 7 % 97) for x in data["x"]]
+        self.calls.append((self.row_ids, lengths))
+        return {
+            "prompt_token_ids": [[1, 2, 3]] * len(lengths),
+            "response_token_ids": [[5] * length for length in lengths],
+        }
+
+
+def test_scoring_calls_are_even_in_tokens_over_lanes_and_keep_a_prompt_together():
+    policy, scorer = Speaker("policy"), Tagger("scorer")
+    run, loop, _, _ = build_run(
+        lambda batch: scorer.forward_step(policy.forward_step(batch), batch),
+        {policy: (1, ONE), scorer: (4, ONE)},
+        rows=256,
+        samples=2,
+    )
+    loop.run_until(lambda: run.is_done)
+    ((row_ids, lengths),) = policy.calls
+    tokens = dict(zip(row_ids, lengths, strict=True))
+    prompts = [{row.prompt for row in ids} for ids, _ in scorer.calls]
+    loads = [
+        sum(tokens[row] for row in ids) + 3 * len(own)
+        for (ids, _), own in zip(scorer.calls, prompts, strict=True)
+    ]
+    assert len(loads) == 4
+    assert max(loads) < 1.05 * sum(loads) / 4
+    assert len({len(ids) for ids, _ in scorer.calls}) > 1
+    assert sum(map(len, prompts)) <= 128 + 4
+
+
+def test_what_arrives_in_parts_is_spread_over_all_lanes_part_by_part():
+    policy, scorer = Speaker("policy"), Tagger("scorer")
+    run, loop, _, _ = build_run(
+        lambda batch: scorer.forward_step(policy.forward_step(batch), batch),
+        {policy: (2, ONE), scorer: (2, ONE)},
+        rows=128,
+    )
+    loop.run_until(lambda: run.is_done)
+    assert sorted(rows_of(scorer)) == [RowId(at, 0) for at in range(128)]
+    halves = [{row.prompt // 64 for row in ids} for ids, _ in scorer.calls]
+    assert len(halves) in (2, 4)  # one part by itself, or both at once
+    if len(halves) == 4:
+        assert all(len(half) == 1 for half in halves)
+
+
 def test_deterministic_batches_are_runs_of_row_order_whatever_arrives_first():
     batches = []
     for seed in range(4):

@@ -60,6 +60,24 @@ def test_a_batch_size_of_zero_is_refused():
         NodeQueue(ids(0), 0, 0, False)
 
 
+def test_what_is_ready_is_cut_by_another_measure_where_there_is_one():
+    def by_parity(row_ids):
+        odd = tuple(row for row in row_ids if row.prompt % 2)
+        return [odd, tuple(row for row in row_ids if row not in odd)] if odd else []
+
+    queue = NodeQueue(ids(*range(7)), 1, 4, False, by_parity)
+    queue.add(ids(0, 1, 2))
+    assert not queue.has_batch
+    queue.add(ids(3, 5))
+    assert [queue.take(), queue.take()] == [ids(1, 3, 5), ids(0, 2)]
+    queue.add(ids(4))
+    assert not queue.has_batch
+    queue.add(ids(6))
+    # Without that measure the batch's size counts.
+    assert queue.take() == ids(4, 6)
+    assert not queue.has_batch
+
+
 @given(st.integers(0, 20), st.integers(1, 6), st.booleans(), st.randoms(use_true_random=False))
 def test_every_row_is_taken_once_whatever_the_order_of_arrival(rows, size, deterministic, random):
     queue = NodeQueue(ids(*range(rows)), 2, size, deterministic)

@@ -1,0 +1,50 @@
+"""`chatlearn check` and `chatlearn plan` on Megatron models, whose precision is left open."""
+
+import json
+
+import pytest
+
+from chatlearn.cli.main import main
+from megatron_adapters.precision import has_native_bf16
+
+CONFIG = """
+models:
+  policy: &small
+    {module: "megatron_adapters:PolicyInference", num_gpu: 2, tensor_model_parallel_size: 2,
+     num_layers: 2, hidden_size: 8, num_attention_heads: 2, ffn_hidden_size: 16, vocab_size: 16,
+     make_vocab_size_divisible_by: 1, max_sequence_length: 32}
+  reference: *small
+  policy_trainer:
+    {<<: *small, module: "megatron_adapters:PolicyTrainer", tensor_model_parallel_size: 1}
+  reward: {module: "scripts.demo.verifier:RuleVerifier", num_gpu: 0, num_cpu: 1}
+runtime: {engine: grpo}
+"""
+# Embedding and head 2 x 128, two layers of 256 + 384 + 16, the last norm 8.
+COUNT = 1576
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("assumed", [(), ("--assume-devices", "8")])
+def test_sizes_are_those_of_the_precision_that_the_devices_will_give(config_file, capsys, assumed):
+    is_bf16 = bool(assumed) or has_native_bf16("cpu")
+    num_bytes = COUNT * (2 if is_bf16 else 4)
+    assert main(["check", config_file, *assumed]) == 0
+    assert f"1.58 k parameters, {num_bytes / 1000:.2f} kB" in capsys.readouterr().out
+    assert main(["plan", config_file, *assumed, "--json"]) == 0
+    (sync,) = json.loads(capsys.readouterr().out.splitlines()[-1])["syncs"]
+    assert sync["sync"] == "policy_trainer -> policy"
+    # The trainer's one replica goes whole to both ranks: matrices cut in two, norms twice.
+    assert sum(sync["bytes_by_link"].values()) == num_bytes + 5 * 8 * num_bytes // COUNT
+
+
+def test_the_configured_precision_counts(config_file, capsys):
+    overrides = [f"models.{name}.bf16=false" for name in ("policy", "policy_trainer")]
+    assert main(["check", config_file, *overrides, "--assume-devices", "8"]) == 0
+    assert f"1.58 k parameters, {COUNT * 4 / 1000:.2f} kB" in capsys.readouterr().out
