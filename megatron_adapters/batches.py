@@ -1,6 +1,6 @@
 """Token sequences of a micro-batch, read from its columns and checked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,11 @@ class Rows:
         """Tokens of all rows."""
         return sum(map(len, self.prompts)) + sum(map(len, self.responses))
 
-    def part(self, start: int, stop: int) -> "Rows":
-        """Some of the rows, in order."""
-        return Rows(self.prompts[start:stop], self.responses[start:stop])
+    def select(self, positions: Sequence[int]) -> "Rows":
+        """Some of the rows, in this order."""
+        return Rows(
+            [self.prompts[at] for at in positions], [self.responses[at] for at in positions]
+        )
 
     @property
     def longest(self) -> int:

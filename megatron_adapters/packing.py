@@ -4,7 +4,6 @@ What the model says of a response token is read at the token before it, where th
 and put into a grid [rows, longest response] that all losses work on.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,7 +14,7 @@ from chatlearn.errors import DataError
 from megatron_adapters.attention_plan import AttentionPlan, Segment, plan_attention, split_stream
 from megatron_adapters.batches import Rows
 
-__all__ = ["PackedBatch", "PackingOptions", "pack_micro_batches", "split_by_tokens"]
+__all__ = ["PackedBatch", "PackingOptions", "pack_micro_batches"]
 
 # Sharing a prompt costs a masked kernel call; it pays from this share of saved tokens on.
 _LEAST_SAVED = 0.08
@@ -164,31 +163,6 @@ def pack_micro_batches(
         _pack(rows, stream, length, options, temperature)
         for rows, stream, length in zip(micro_batches, streams, lengths, strict=True)
     ]
-
-
-def split_by_tokens(rows: Rows, most_tokens: int, least_parts: int = 1) -> list[Rows]:
-    """Cut rows, in order, to parts of about equally many tokens.
-
-    Args:
-        rows: to cut.
-        most_tokens: of a part, unless one row alone has more.
-        least_parts: at least so many parts, where there are as many rows.
-    """
-    lengths = [len(p) + len(r) for p, r in zip(rows.prompts, rows.responses, strict=True)]
-    wanted = max(least_parts, math.ceil(sum(lengths) / most_tokens), 1)
-    share = sum(lengths) / wanted
-    parts: list[Rows] = []
-    start, tokens, done = 0, 0, 0
-    for at, length in enumerate(lengths):
-        is_full = tokens and (
-            tokens + length > most_tokens or done + tokens + length / 2 > share * (len(parts) + 1)
-        )
-        if is_full:
-            parts.append(rows.part(start, at))
-            start, done, tokens = at, done + tokens, 0
-        tokens += length
-    parts.append(rows.part(start, len(lengths)))
-    return parts
 
 
 def _lay_out(rows: Rows, options: PackingOptions) -> _Stream:

@@ -12,7 +12,8 @@ from chatlearn.generation.sampling import SamplingParams
 from megatron_adapters.batches import Rows, check_token_ids, read_rows, read_temperature
 from megatron_adapters.modules.base import MegatronModule
 from megatron_adapters.modules.text_rows import build_text_dataset
-from megatron_adapters.packing import PackedBatch, split_by_tokens
+from megatron_adapters.packing import PackedBatch
+from megatron_adapters.parts import RowParts, split_by_tokens
 from megatron_adapters.runner import MegatronRunner
 from megatron_adapters.scoring import score_rows, score_tokens_of_rows
 
@@ -125,17 +126,23 @@ class _ScoringModule(_TextModule):
         """The same as `forward_step`."""
         return self.forward_step(data)
 
-    def pack_parts(self, rows: Rows, temperature: float = 1.0) -> list[PackedBatch]:
-        """Cut rows to micro-batches by tokens, and pack them; a pipeline gets enough to be full."""
+    def cut(self, rows: Rows) -> RowParts:
+        """Rows in micro-batches by tokens; a pipeline gets enough to be full."""
+        check_token_ids((*rows.prompts, *rows.responses), self.settings.shape.vocab_size)
         stages = self.layout.pp_size
-        least = 2 * stages if stages > 1 else 1
-        return self.pack(split_by_tokens(rows, _MOST_TOKENS, least), temperature=temperature)
+        return split_by_tokens(
+            rows,
+            _MOST_TOKENS,
+            shares_prompts=self.packing.shares_prompts,
+            least_parts=2 * stages if stages > 1 else 1,
+        )
 
     def score(self, rows: Rows, temperature: float = 1.0) -> list[torch.Tensor]:
         """A number for each response token; meaningless off the last stage."""
-        batches = self.pack_parts(rows, temperature)
+        cut = self.cut(rows)
+        batches = self.pack(cut.parts, temperature=temperature)
         scores = score_tokens_of_rows(self.model, batches, self.groups)
-        return scores or [torch.empty(0)] * len(rows)
+        return cut.restore(scores) if scores else [torch.empty(0)] * len(rows)
 
 
 class PolicyReference(_ScoringModule):
@@ -179,5 +186,7 @@ class RewardInference(_ScoringModule):
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Adds `rewards`."""
         rows = read_rows(data)
-        scores = score_rows(self.model, self.pack_parts(rows), self.groups)
-        return {**data, "rewards": torch.stack(scores) if scores else torch.zeros(len(rows))}
+        cut = self.cut(rows)
+        scores = score_rows(self.model, self.pack(cut.parts), self.groups)
+        found = torch.stack(cut.restore(scores)) if scores else torch.zeros(len(rows))
+        return {**data, "rewards": found}

@@ -5,7 +5,7 @@ import torch
 
 from chatlearn.errors import DataError
 from megatron_adapters.batches import Rows
-from megatron_adapters.packing import PackingOptions, pack_micro_batches, split_by_tokens
+from megatron_adapters.packing import PackingOptions, pack_micro_batches
 
 
 def make_rows(*lengths):
@@ -46,11 +46,3 @@ def test_responses_of_no_token_are_read_nowhere():
     (batch,) = pack_micro_batches([make_rows((3, 0), (2, 1))], PackingOptions(max_length=8))
     assert batch.reads.tolist() == [4]
     assert batch.split(batch.align([torch.empty(0), torch.ones(1)]))[1].tolist() == [1.0]
-
-
-def test_parts_have_about_equally_many_tokens():
-    rows = make_rows(*[(2, 2 + n % 3) for n in range(12)])
-    parts = split_by_tokens(rows, 20)
-    assert sum(map(len, parts)) == 12
-    assert all(part.num_tokens <= 20 for part in parts)
-    assert len(split_by_tokens(rows, 1000, least_parts=4)) == 4
