@@ -65,7 +65,8 @@ class SlotSchedule:
         waiting: all of them, samples of a prompt side by side.
         num_slots: of the cache.
         chunk_tokens: prompt tokens of one pass, at most.
-        in_waves: sequences enter only where no other is in a slot.
+        in_waves: sequences enter only where no other is in a slot, and prompts are cut at
+            multiples of `chunk_tokens`.
 
     Attributes:
         running: the sequences that decode, by slot.
@@ -105,7 +106,11 @@ class SlotSchedule:
             self._joining.append(sample)
 
     def next_chunks(self) -> list[PromptChunk]:
-        """Parts of prompts for the next pass, up to the bound."""
+        """Parts of prompts for the next pass, up to the bound.
+
+        In waves a prompt is cut where its own length says, whatever else is in the pass: keys that
+        are read from the cache round otherwise than those of the same pass.
+        """
         chunks = list[PromptChunk]()
         left = self._chunk_tokens
         previous: PromptGroup | None = None
@@ -113,10 +118,11 @@ class SlotSchedule:
             group = sample.group
             if group is previous or group.is_done:
                 continue
-            if left == 0:
+            wanted = min(self._chunk_tokens, group.length - group.num_done)
+            if left == 0 or (self._in_waves and wanted > left):
                 break
             previous = group
-            end = min(group.num_done + left, group.length)
+            end = group.num_done + min(wanted, left)
             tokens = group.token_ids[group.num_done : end]
             chunks.append(PromptChunk(slot, group.num_done, tokens, end == group.length))
             left -= len(tokens)

@@ -12,7 +12,6 @@ from chatlearn.generation.sampling import SamplingParams
 from megatron_adapters.batches import Rows, check_token_ids, read_rows, read_temperature
 from megatron_adapters.modules.base import MegatronModule
 from megatron_adapters.modules.text_rows import build_text_dataset
-from megatron_adapters.packing import PackedBatch
 from megatron_adapters.parts import RowParts, split_by_tokens
 from megatron_adapters.runner import MegatronRunner
 from megatron_adapters.scoring import score_rows, score_tokens_of_rows

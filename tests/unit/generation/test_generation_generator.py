@@ -211,6 +211,20 @@ def test_deterministic_mode_goes_in_waves_of_row_order():
     assert prefills == [[0, 2], [1], [0, 2]]
 
 
+def test_in_deterministic_mode_a_prompt_is_cut_at_places_of_its_own():
+    lengths = {0: 2, 1: 7, 2: 3, 3: 1}
+    asked = [request(prompt, [1 + prompt] * length) for prompt, length in lengths.items()]
+    options = {"prefill_chunk_tokens": 3, "stop": (), "is_deterministic": True}
+    made, runner = generator(CausalModel(), **options)
+    made.generate(asked)
+    cuts = {slot: [] for slot in lengths}
+    for chunks, _ in runner.passes:
+        assert sum(tokens for _, _, tokens in chunks) <= 3
+        for slot, start, tokens in chunks:
+            cuts[slot].append((start, tokens))
+    assert cuts == {0: [(0, 2)], 1: [(0, 3), (3, 3), (6, 1)], 2: [(0, 3)], 3: [(0, 1)]}
+
+
 @pytest.mark.parametrize("tokens", [[], [1, 2, 3, 4]])
 def test_a_prompt_without_room_names_its_row(tokens):
     made, _ = generator(Countdown(), max_length=4)
