@@ -11,6 +11,7 @@ from torch.nn import functional
 from megatron_adapters.attention_plan import AttentionPlan
 from megatron_adapters.fused import rotate
 from megatron_adapters.kv_cache import CacheView
+from megatron_adapters.masked_attention import attend_fused
 from megatron_adapters.short_attention import attend_short, is_short
 
 __all__ = ["FusedAttention", "attend", "has_window"]
@@ -192,16 +193,7 @@ def attend(
         if dropout == 0.0 and is_short(queries, keys):
             context = attend_short(queries, keys, values, mask, offset=block.offset, scale=scale)
         else:
-            context = functional.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=keys.shape[1] != queries.shape[1],
-            )
+            context = attend_fused(queries, keys, values, mask, dropout=dropout, scale=scale)
         outputs.append(context.transpose(1, 2).reshape(block.batch * block.num_queries, -1))
     heads, size = query.shape[-2], value.shape[-1]
     if not outputs:

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from chatlearn.generation.contract import DecodeRows, PromptChunk, SlotCopy
+from megatron_adapters.masked_attention import attend_fused
 from megatron_adapters.packed_chunks import ChunkGroup, PackedChunks
 
 __all__ = ["CacheView", "KVCache"]
@@ -357,13 +358,5 @@ def _attend_chunks(
     else:
         key = key.reshape(*shape, num_groups, size).transpose(1, 2)
         value = value.reshape(*shape, num_groups, -1).transpose(1, 2)
-    context = functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=heads > 1,
-    )
+    context = attend_fused(query, key, value, mask, scale=scale)
     return context.transpose(1, 2).reshape(shape[0] * shape[1], -1)
