@@ -26,9 +26,19 @@ __all__ = ["fill_section", "main", "render_budget", "render_measured"]
 
 _PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 _THREADS = "2"
+# Which model is busy in a stage, and stages that are part of another's time.
+_MODELS = {
+    "decoding": "policy",
+    "reference": "reference",
+    "forward and backward": "policy_trainer",
+    "weight sync": "sync",
+    "together": "",
+}
+_MEASURED_WITH = {"prompts, each once": "with decoding", "optimizer": "with the passes"}
 # Figures of a measure that stand beside its two sides, and what they are called.
 _BESIDE = {
     "bare_loop": "bare loop",
+    "ours_64_slots": "ours with 64 slots",
     "ray": "ray",
     "spread": "spread",
 }
@@ -39,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = sys.argv[1:] if arguments is None else arguments
     found = [json.loads(Path(name).read_text("utf-8").splitlines()[-1]) for name in files]
     limits = next((each for each in found if "matmul_gflops" in each), None)
-    text = fill_section(_PAGE.read_text("utf-8"), "budget", render_budget(limits))
     measured = [each for each in found if "measures" in each]
+    fixed = next((m for e in measured for n, m in e["measures"].items() if n == "grpo_fixed"), {})
+    budget = render_budget(limits, fixed.get("stages_ms"), fixed.get("dtype", "float32"))
+    text = fill_section(_PAGE.read_text("utf-8"), "budget", budget)
     if measured:
         today = datetime.now(UTC).strftime("%Y-%m-%d")
         text = fill_section(text, "measured", render_measured(measured, today))
@@ -62,28 +74,43 @@ def fill_section(text: str, name: str, content: str) -> str:
     return f"{head}{begin}{content}{end}{tail}"
 
 
-def render_budget(limits: Mapping[str, Any] | None) -> str:
-    """The stages of the benchmark's step in fp32; with limits also the least time of each."""
-    stages = list_stages(BENCH_SHAPE, StepSize())
+def render_budget(
+    limits: Mapping[str, Any] | None,
+    stages_ms: Mapping[str, float] | None = None,
+    dtype: str = "float32",
+) -> str:
+    """The stages of the benchmark's step.
+
+    Args:
+        limits: of the machine; with them also the least time of each stage.
+        stages_ms: how long each model was busy in a measured step; printed beside that.
+        dtype: of weights and activations.
+    """
+    stages = list_stages(BENCH_SHAPE, StepSize(element_bytes=4 if dtype == "float32" else 2))
+    rows = [[s.name, _billions(s.flops), _billions(s.num_bytes)] for s in stages]
+    names = ["stage", "GFLOP", "GB"]
     if limits is None:
-        rows = [[s.name, _billions(s.flops), _billions(s.num_bytes)] for s in stages]
-        return _table(["stage", "GFLOP", "GB"], rows)
-    flops_per_s = 1e9 * limits["matmul_gflops"]["float32"][_THREADS]
+        return _table(names, rows)
+    flops_per_s = 1e9 * limits["matmul_gflops"][dtype][_THREADS]
     copied_per_s = 1e9 * limits["copy_gb_per_s"][_THREADS]
     bounds = [
         bound_seconds(s, flops_per_s=flops_per_s, bytes_per_s=2 * copied_per_s) for s in stages
     ]
-    rows = [
-        [s.name, _billions(s.flops), _billions(s.num_bytes), f"{bound * 1e3:.0f}"]
-        for s, bound in zip(stages, bounds, strict=True)
-    ]
+    names.append("at least, ms")
+    for row, bound in zip(rows, bounds, strict=True):
+        row.append(f"{bound * 1e3:.0f}")
     total = [sum(s.flops for s in stages), sum(s.num_bytes for s in stages)]
     rows.append(["together", *map(_billions, total), f"{sum(bounds) * 1e3:.0f}"])
+    if stages_ms:
+        names.append("measured, ms")
+        for row in rows:
+            row.append(_MEASURED_WITH.get(row[0]) or f"{stages_ms.get(_MODELS[row[0]], 0.0):.0f}")
+        rows[-1][-1] = f"{sum(stages_ms.values()):.0f}"
     note = (
-        f"\nLimits of the machine, {_THREADS} threads: {flops_per_s / 1e9:.0f} GFLOP/s in fp32, "
+        f"\nLimits of the machine, {_THREADS} threads: {flops_per_s / 1e9:.0f} GFLOP/s in {dtype}, "
         f"{2 * copied_per_s / 1e9:.1f} GB/s of memory, read and written together.\n"
     )
-    return _table(["stage", "GFLOP", "GB", "at least, ms"], rows) + note
+    return _table(names, rows) + note
 
 
 def render_measured(results: Sequence[Mapping[str, Any]], date: str) -> str:

@@ -61,13 +61,21 @@ def list_stages(shape: Shape, step: StepSize) -> list[Stage]:
     one_read = float(weights * step.element_bytes)
     length = step.prompt_length + step.response_length
     rows = step.num_rows
-    passes = shape.forward_flops(length, num_logits=step.response_length) * rows
+    # A prompt is computed once for its samples; its last position predicts for each of them.
+    after = shape.forward_flops(
+        step.response_length, start=step.prompt_length, num_logits=step.response_length
+    )
+    before = shape.forward_flops(step.prompt_length, num_logits=0)
+    passes = after * rows + before * step.num_prompts
     prefill = shape.forward_flops(step.prompt_length, num_logits=1) * step.num_prompts
     # The prompt's pass gives the first token; the others take a step each.
     starts = range(step.prompt_length, length - 1)
     decode = sum(shape.forward_flops(1, start=start) for start in starts) * rows
     cached = shape.cache_bytes(sum(start + 1 for start in starts), step.element_bytes) * rows
     optimizer = _ADAM_PASSES * shape.num_parameters * _FLOAT32_BYTES
+    if step.element_bytes < _FLOAT32_BYTES:
+        # The weights that the model calculates with are written beside the master copy.
+        optimizer += shape.num_parameters * step.element_bytes
     return [
         Stage("prompts, each once", prefill, one_read),
         Stage("decoding", decode, len(starts) * one_read + cached),

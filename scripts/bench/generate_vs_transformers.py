@@ -1,7 +1,8 @@
 """Decoding of this project beside transformers' `generate`, in one run.
 
 A `PolicyInference` and a transformers Llama of the same weights answer prompts in turns; beside
-them a bare decode loop in torch. A measurement with company is worthless: run it alone on the
+them a bare decode loop in torch, or this project with 64 slots. A measurement with company is
+worthless: run it alone on the
 machine.
 """
 
@@ -40,6 +41,8 @@ __all__ = ["build_options", "main", "parse_arguments"]
 
 _PARTS = ("fixed", "variable")
 _OURS, _BARE = "chatlearn", "bare loop"
+# As few sequences in flight as transformers' batches have; then they enter freed slots.
+_FEW_SLOTS = "chatlearn, 64 slots"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,7 +103,10 @@ def _run_sides(
         SideSpec(f"transformers {d}", "peer_transformers", {**options, "dtype": d}, python, threads)
         for d in dtypes
     ]
-    if not is_variable:
+    if is_variable:
+        few = {**options, "num_slots": options["batch_size"]}
+        specs.insert(1, SideSpec(_FEW_SLOTS, "engine_decode", few, num_threads=threads))
+    else:
         specs += [
             SideSpec(f"{_BARE} {d}", "bare_decode", {**options, "dtype": d}, num_threads=threads)
             for d in dtypes
@@ -112,7 +118,8 @@ def _run_sides(
         found = alternate(sides, {}, num_rounds=given.rounds, warmup={})
         dtype = sides[0].hello["dtype"]
     rates = {side: compute_rates(reports, "tokens") for side, reports in found.items()}
-    peers = {side: rate for side, rate in rates.items() if not side.startswith(_BARE)}
+    beside = (_BARE, _FEW_SLOTS)
+    peers = {side: rate for side, rate in rates.items() if not side.startswith(beside)}
     best = find_best_peer(peers, _OURS)
     details: dict[str, Any] = {
         "dtype": dtype,
@@ -124,6 +131,8 @@ def _run_sides(
     }
     if f"{_BARE} {dtype}" in rates:
         details["bare_loop"] = statistics.median(rates[f"{_BARE} {dtype}"])
+    if _FEW_SLOTS in rates:
+        details["ours_64_slots"] = statistics.median(rates[_FEW_SLOTS])
     details["rates"] = {side: [round(value) for value in rate] for side, rate in rates.items()}
     fixed, variable = "64 x 64 tokens after 32", "256 requests of up to 256 tokens"
     what = f"decoding, {variable if is_variable else fixed}, against transformers"

@@ -37,14 +37,14 @@ from scripts.bench.measures import (
 from scripts.bench.memory import PeakMemory
 from scripts.bench.peers import peer_python, start_weights
 from scripts.bench.rounds import BenchError, Side, SideSpec, alternate, start_sides
-from scripts.bench.timeline_overhead import Span, compute_overhead, read_metric, read_spans
+from scripts.bench.timeline_overhead import Span, compute_overhead, read_spans, sum_by_model
 from scripts.bench.workload import BENCH_SHAPE, Shape
 
 __all__ = ["build_options", "main", "parse_arguments"]
 
 _PARTS = ("fixed", "variable", "memory", "ray")
 _OURS = "chatlearn"
-_OVERHEAD_METRIC = "engine_overhead"
+_OVERHEAD = "engine_overhead"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     other: list[Measure] = []
     try:
         dtypes = given.peer_dtypes or list_dtypes()
-        best = dtypes[0]
+        best = dtypes[-1]
         if "fixed" in given.parts:
             found = _compare(given, "local", dtypes, is_variable=False)
             measures += found
@@ -137,7 +137,7 @@ def _compare(
             num_parameters = check_equal_parameters(sides)
             found = alternate(sides, order, num_rounds=given.rounds, warmup=order)
             dtype = sides[0].hello["dtype"]
-        overhead = _measure_overhead(Path(folder), found[_OURS])
+        overhead, stages_ms = _read_timeline(Path(folder), found[_OURS], given.steps)
     rates = {side: compute_rates(reports, "samples") for side, reports in found.items()}
     best = find_best_peer(rates, _OURS)
     details = {
@@ -149,6 +149,7 @@ def _compare(
         "mean_tokens": _mean_tokens(found[_OURS]),
         "peer_mean_tokens": _mean_tokens(found[best]),
         "parameters": num_parameters,
+        "stages_ms": stages_ms,
         "rates": {side: [round(value, 3) for value in rate] for side, rate in rates.items()},
     }
     ours, peer = (statistics.median(rates[side]) for side in (_OURS, best))
@@ -158,17 +159,24 @@ def _compare(
     return [Measure(name, what, ours, peer, "samples/s", bar, details=details), overhead]
 
 
-def _measure_overhead(folder: Path, reports: Sequence[Mapping[str, Any]]) -> Measure:
+def _read_timeline(
+    folder: Path, reports: Sequence[Mapping[str, Any]], num_steps: int
+) -> tuple[Measure, dict[str, float]]:
+    """The engine's overhead, and the milliseconds that each model is busy in a step.
+
+    In one process, where all models take turns, the time in which one is busy is the critical
+    path. The metric of the run cannot serve: here an episode also waits for the other side's turn.
+    """
     run_dir = max(folder.glob("*/*/timeline.json")).parent
     windows = [Span(report["start_s"], report["end_s"]) for report in reports]
-    shares = compute_overhead(read_spans(run_dir / "timeline.json"), windows)
-    reported = read_metric(run_dir / "metrics.jsonl", _OVERHEAD_METRIC)
+    spans = read_spans(run_dir / "timeline.json")
+    shares = compute_overhead(spans, windows)
     details: dict[str, Any] = {"rounds": [round(share, 4) for share in shares]}
-    if reported:
-        details["metric_of_the_run"] = statistics.median(reported)
     percent = 100 * statistics.median(shares)
-    what = "share of a step in which no worker is busy"
-    return Measure(_OVERHEAD_METRIC, what, percent, 3.0, "%", 1.0, is_cap=True, details=details)
+    what = "share of a step's wall time in which no worker is busy"
+    overhead = Measure(_OVERHEAD, what, percent, 3.0, "%", 1.0, is_cap=True, details=details)
+    busy = sum_by_model(spans, windows)
+    return overhead, {name: round(1e3 * s / num_steps, 1) for name, s in busy.items()}
 
 
 def _measure_memory(given: argparse.Namespace, peer_dtype: str) -> Measure:

@@ -1,8 +1,10 @@
-"""What the engine adds to a step: wall time in which no worker was busy, from a run's timeline."""
+"""From a run's timeline: time of a step in which no worker was busy, and how long each was."""
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,25 +12,50 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-__all__ = ["Span", "compute_overhead", "covered_seconds", "read_metric", "read_spans"]
+__all__ = [
+    "Span",
+    "compute_overhead",
+    "covered_seconds",
+    "read_spans",
+    "sum_by_model",
+]
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time, seconds since the epoch."""
+    """A stretch of time, seconds since the epoch; `label`: the model that was busy, or `sync`."""
 
     start_s: float
     end_s: float
+    label: str = ""
 
 
 def read_spans(timeline: Path) -> list[Span]:
     """Every call and sync of a run's `timeline.json`."""
     events: list[dict[str, Any]] = json.loads(timeline.read_text("utf-8"))["traceEvents"]
+    models = {e["tid"]: e["args"]["name"].partition("[")[0] for e in events if e["ph"] == "M"}
     return [
-        Span(event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
+        Span(
+            event["ts"] / 1e6,
+            (event["ts"] + event["dur"]) / 1e6,
+            "sync" if event["name"] == "sync" else models[event["tid"]],
+        )
         for event in events
         if event["ph"] == "X"
     ]
+
+
+def sum_by_model(spans: Sequence[Span], windows: Iterable[Span]) -> dict[str, float]:
+    """Seconds of each label that begin within a window; the median of the windows."""
+    found: list[dict[str, float]] = []
+    for window in windows:
+        sums: dict[str, float] = defaultdict(float)
+        for span in spans:
+            if window.start_s <= span.start_s < window.end_s:
+                sums[span.label] += span.end_s - span.start_s
+        found.append(sums)
+    labels = sorted({label for sums in found for label in sums})
+    return {label: statistics.median(sums.get(label, 0.0) for sums in found) for label in labels}
 
 
 def covered_seconds(spans: Iterable[Span], window: Span) -> float:
@@ -46,9 +73,3 @@ def compute_overhead(spans: Sequence[Span], windows: Iterable[Span]) -> list[flo
     return [
         1.0 - covered_seconds(spans, window) / (window.end_s - window.start_s) for window in windows
     ]
-
-
-def read_metric(metrics: Path, name: str) -> list[float]:
-    """A number of each episode of a run's `metrics.jsonl`; none where it has no such metric."""
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    return [float(line[name]) for line in lines if name in line]

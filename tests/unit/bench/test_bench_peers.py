@@ -26,8 +26,8 @@ from scripts.bench.timeline_overhead import (
     Span,
     compute_overhead,
     covered_seconds,
-    read_metric,
     read_spans,
+    sum_by_model,
 )
 from scripts.bench.workload import BENCH_SHAPE, Shape, draw_lengths, draw_rows
 
@@ -124,16 +124,20 @@ def test_covered_seconds_count_overlaps_once_and_clip():
     assert compute_overhead(spans, [Span(0, 5)]) == [pytest.approx(0.4)]
 
 
-def test_spans_and_metrics_are_read_from_a_run(tmp_path):
+def test_spans_are_read_from_a_run_and_summed_by_model(tmp_path):
     events = [
-        {"ph": "M", "name": "thread_name"},
-        {"ph": "X", "name": "sync", "ts": 1e6, "dur": 5e5},
+        {"ph": "M", "name": "thread_name", "tid": 0, "args": {"name": "policy[0]"}},
+        {"ph": "M", "name": "thread_name", "tid": 1, "args": {"name": "policy[1]"}},
+        {"ph": "X", "name": "sync", "ts": 1e6, "dur": 5e5, "tid": 0},
+        {"ph": "X", "name": "environment: forward_step", "ts": 2e6, "dur": 1e6, "tid": 0},
+        {"ph": "X", "name": "environment: forward_step", "ts": 2e6, "dur": 2e6, "tid": 1},
+        {"ph": "X", "name": "environment: forward_step", "ts": 5e6, "dur": 5e6, "tid": 1},
     ]
     (tmp_path / "timeline.json").write_text(json.dumps({"traceEvents": events}))
-    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n{"a": 2, "b": 3}\n')
-    assert read_spans(tmp_path / "timeline.json") == [Span(1.0, 1.5)]
-    assert read_metric(tmp_path / "metrics.jsonl", "a") == [1.0, 2.0]
-    assert read_metric(tmp_path / "metrics.jsonl", "c") == []
+    spans = read_spans(tmp_path / "timeline.json")
+    assert spans[:2] == [Span(1.0, 1.5, "sync"), Span(2.0, 3.0, "policy")]
+    assert sum_by_model(spans, [Span(0, 3)]) == {"policy": 3.0, "sync": 0.5}
+    assert sum_by_model(spans, [Span(0, 3), Span(4, 6)]) == {"policy": 4.0, "sync": 0.25}
 
 
 def test_memory_of_this_process_is_read_and_that_of_none_is_nothing():

@@ -25,9 +25,13 @@ def test_the_stages_of_a_step_are_counted_by_hand():
     assert stages["decoding"].flops == 2 * (2 * 2 * weights + 4 * 4 * (3 + 4))
     # A token's cache: keys and values, 2 channels each, 2 bytes.
     assert stages["decoding"].num_bytes == 2 * 2 * weights + 2 * (3 + 4) * 2 * 2 * 2
-    assert stages["reference"].flops == 2 * (2 * 144 * 5 + 4 * 4 * 15 + 2 * 3 * 40)
+    # The prompt of two tokens once, behind it three tokens for each of the two rows.
+    before = 2 * 144 * 2 + 4 * 4 * 3
+    after = 2 * 144 * 3 + 4 * 4 * (3 + 4 + 5) + 2 * 3 * 40
+    assert stages["reference"].flops == before + 2 * after
     assert stages["forward and backward"].flops == 3 * stages["reference"].flops
-    assert stages["optimizer"].num_bytes == 36 * SHAPE.num_parameters
+    # In bf16 the weights beside their master copy are written as well.
+    assert stages["optimizer"].num_bytes == (36 + 2) * SHAPE.num_parameters
 
 
 @pytest.mark.parametrize(("flops", "num_bytes", "expected"), [(20, 4, 2.0), (1, 40, 8.0)])
@@ -45,8 +49,17 @@ def test_a_section_is_replaced_and_the_rest_stays():
 def test_the_budget_has_times_only_where_limits_are_known():
     assert "at least" not in render_budget(None)
     lines = render_budget(LIMITS).splitlines()
-    assert lines[5] == "| forward and backward | 151.84 | 0.05 | 1518 |"
-    assert lines[-1].startswith("Limits of the machine, 2 threads: 100 GFLOP/s in fp32, 10.0 GB")
+    assert lines[5] == "| forward and backward | 109.20 | 0.05 | 1092 |"
+    assert lines[-1].startswith("Limits of the machine, 2 threads: 100 GFLOP/s in float32, 10.0 GB")
+
+
+def test_measured_times_stand_beside_the_least_ones():
+    stages_ms = {"policy": 300.4, "reference": 90.0, "policy_trainer": 400.0, "sync": 5.0}
+    lines = render_budget(LIMITS, {**stages_ms, "reward": 1.0}).splitlines()
+    assert lines[0].endswith("| at least, ms | measured, ms |")
+    measured = [line.split(" | ")[-1].removesuffix(" |") for line in lines[2:9]]
+    with_others = ["with decoding", "300", "90", "400", "with the passes", "5", "796"]
+    assert measured == with_others
 
 
 def test_measures_become_lines_of_a_table():
