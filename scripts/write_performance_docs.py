@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = [json.loads(Path(name).read_text("utf-8").splitlines()[-1]) for name in files]
     limits = next((each for each in found if "matmul_gflops" in each), None)
     measured = [each for each in found if "measures" in each]
-    fixed = next((m for e in measured for n, m in e["measures"].items() if n == "grpo_fixed"), {})
+    every: dict[str, Any] = {}
+    for each in measured:
+        every |= each["measures"]
+    fixed: Mapping[str, Any] = every.get("grpo_fixed", {})
     budget = render_budget(limits, fixed.get("stages_ms"), fixed.get("dtype", "float32"))
     text = fill_section(_PAGE.read_text("utf-8"), "budget", budget)
     if measured:
