@@ -1,9 +1,9 @@
 # pyright: standard, reportPrivateImportUsage=false
 """One pipeline stage's forward pass over packed tokens, for generation.
 
-`DenseProgram` calls torch's functions on the live weights of the layers that it knows;
+`DenseProgram` calls torch's functions on the weights of the layers that it knows;
 `ModuleProgram` goes through Megatron's modules and so knows every layer. Both hold the parameters
-themselves, so what weight sync writes counts from the next pass on.
+themselves, so what weight sync writes counts from the next `prepare` on, which begins each call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from megatron_adapters.dense_layers import DenseLayer, DenseLinear, TensorFunction, is_dense
 from megatron_adapters.kv_cache import CacheView
+from megatron_adapters.packed_products import PackedProducts
 from megatron_adapters.rotary import build_doubled_angles
 
 __all__ = ["DenseProgram", "ModuleProgram", "StageProgram", "build_program"]
@@ -24,6 +25,10 @@ __all__ = ["DenseProgram", "ModuleProgram", "StageProgram", "build_program"]
 
 class StageProgram(Protocol):
     """What the runner needs of a stage; `hidden` is [packed, hidden size]."""
+
+    def prepare(self, num_rows: int) -> None:
+        """Look at the weights anew; passes of about so many tokens follow."""
+        ...
 
     def embed(self, view: CacheView) -> torch.Tensor:
         """Hidden states of the pass's tokens; first stage only."""
@@ -59,6 +64,7 @@ class DenseProgram:
 
     def __init__(self, model: Any, max_length: int) -> None:
         self._model = model
+        self._products = PackedProducts()
         self._layers = [DenseLayer.of(layer) for layer in model.decoder.layers]
         attention = model.decoder.layers[0].self_attention
         self._groups: int = attention.num_query_groups_per_partition
@@ -75,6 +81,18 @@ class DenseProgram:
             self._rotary = _Rotary(tables.angles, _dtype(model))
             if tables.local is not None:
                 self._local_rotary = _Rotary(tables.local, _dtype(model))
+
+    def prepare(self, num_rows: int) -> None:
+        """See `StageProgram.prepare`."""
+        linears = (
+            linear
+            for layer in self._layers
+            for linear in (layer.qkv, layer.projection, layer.fc1, layer.fc2)
+        )
+        weights: list[torch.Tensor] = [linear.weight for linear in linears]
+        if self._model.post_process:
+            weights.append(_output_weight(self._model))
+        self._products.prepare(weights, num_rows)
 
     def embed(self, view: CacheView) -> torch.Tensor:
         """See `StageProgram.embed`."""
@@ -114,7 +132,7 @@ class DenseProgram:
             hidden = hidden[view.wanted]
         if self._final_norm is not None:
             hidden = self._final_norm(hidden)
-        logits = functional.linear(hidden, _output_weight(self._model))
+        logits = self._products.linear(hidden, _output_weight(self._model))
         if not self._is_split:
             return logits
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -124,7 +142,7 @@ class DenseProgram:
     def _attend(
         self, layer: DenseLayer, hidden: torch.Tensor, view: CacheView, angles: _Angles | None
     ) -> torch.Tensor:
-        mixed = functional.linear(hidden, layer.qkv.weight, layer.qkv.bias)
+        mixed = self._products.linear(hidden, layer.qkv.weight, layer.qkv.bias)
         # For each group its query heads, its key and its value.
         mixed = mixed.view(hidden.shape[0], self._groups, -1, self._size)
         turned, value = mixed[:, :, :-1], mixed[:, :, -1]
@@ -153,7 +171,7 @@ class DenseProgram:
                 wide += layer.fc1.bias[:, None]
             gate, up = wide.chunk(2)
             return self._project(self._activation(gate).mul_(up).t(), layer.fc2)
-        wide = functional.linear(hidden, layer.fc1.weight, layer.fc1.bias)
+        wide = self._products.linear(hidden, layer.fc1.weight, layer.fc1.bias)
         if self._is_gated:
             gate, up = wide.chunk(2, -1)
             wide = self._activation(gate).mul_(up)
@@ -164,8 +182,8 @@ class DenseProgram:
     def _project(self, hidden: torch.Tensor, linear: DenseLinear) -> torch.Tensor:
         """A product whose input is split over the tensor-parallel ranks."""
         if not self._is_split:
-            return functional.linear(hidden, linear.weight, linear.bias)
-        hidden = functional.linear(hidden, linear.weight)
+            return self._products.linear(hidden, linear.weight, linear.bias)
+        hidden = self._products.linear(hidden, linear.weight)
         dist.all_reduce(hidden, group=self._tensor_group)
         return hidden if linear.bias is None else hidden + linear.bias
 
@@ -181,6 +199,9 @@ class ModuleProgram:
     def __init__(self, model: Any, max_length: int) -> None:
         self._model = model
         self._tables = model.build_rotary(max_length, next(model.parameters()).device)
+
+    def prepare(self, num_rows: int) -> None:
+        """See `StageProgram.prepare`: modules read the live weights in each pass."""
 
     def embed(self, view: CacheView) -> torch.Tensor:
         """See `StageProgram.embed`."""

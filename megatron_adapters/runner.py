@@ -84,6 +84,7 @@ class MegatronRunner:
     def reserve(self, num_sequences: int, length: int) -> int:
         """See `ModelRunner.reserve`."""
         length = min(-(-length // _LENGTH_STEP) * _LENGTH_STEP, self.max_length)
+        self.program.prepare(num_sequences)
         limit = self._num_slots
         if limit is None:
             limit = max(1, self._memory_bytes() // (self._token_bytes() * length) - 2)
