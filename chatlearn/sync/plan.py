@@ -44,8 +44,9 @@ def plan_sync(
         skip_frozen: leave out tensors that are frozen on every rank that holds them.
 
     Raises:
-        SyncError: a destination tensor is not in the source, shapes differ, ranks disagree on a
-            dtype, or shards leave a hole or overlap; names tensor and ranks.
+        SyncError: a side has no ranks, a destination tensor is not in the source, shapes differ,
+            ranks disagree on a dtype, a box is no part of its tensor, or shards leave a hole or
+            overlap; names tensor and ranks.
     """
     with _paused_collector():
         held = CellTable(sources)
@@ -129,8 +130,10 @@ def _group_pieces(
     for key, cells in wanted.by_key.items():
         if key in skipped:
             continue
+        reached = 0
         for piece in _intersect(held.by_key[key], cells):
             source, destination = piece.source, piece.destination
+            reached += piece.box.num_elements
             if 0 in piece.box.shape:
                 continue
             # Cells with the same holders share one tuple, so its identity stands for it.
@@ -141,6 +144,13 @@ def _group_pieces(
                 destination.dtype,
             )
             groups.setdefault(kind, []).append(piece)
+        # Both sides partition the tensor, so this can fail only where their checks are wrong.
+        needed = sum(cell.box.num_elements for cell in cells)
+        if reached != needed:
+            raise SyncError(
+                f"{key}: the plan reaches {reached} of the {needed} elements that "
+                f"{wanted.labels(key)} hold: report this with both descriptions"
+            )
     return [
         (_wire_dtype(source, destination), pieces)
         for (_, _, source, destination), pieces in groups.items()

@@ -101,3 +101,48 @@ def test_a_tensor_that_the_source_lacks_is_named():
     message = "policy.r2.0 has the tensor v, which trainer lacks: both models need the same"
     with pytest.raises(SyncError, match=message):
         plan_sync(halves("trainer"), [other])
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths"), [((0, 6), (2, 2)), ((-2, 0, 4), (2, 4, 2)), ((0, 5), (5, -1))]
+)
+def test_boxes_outside_of_the_tensor_are_found_though_their_elements_add_up(starts, lengths):
+    pieces = [shard("w", (4,), (at,), (n,)) for at, n in zip(starts, lengths, strict=True)]
+    with pytest.raises(SyncError, match=r"w: trainer.r0.0 told a box at .* lie within its tensor"):
+        plan_sync([endpoint("trainer", 0, pieces)], [whole_vector("policy", 4)])
+    with pytest.raises(SyncError, match=r"w: policy.r0.0 told a box at .* lie within its tensor"):
+        plan_sync([whole_vector("trainer", 4)], [endpoint("policy", 0, pieces)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "local", "told"),
+    [
+        ((4,), Box((0, 0), (4, 1)), (0,), "the same number of axes"),
+        ((4, 1), Box((0,), (4,)), (0,), "the same number of axes"),
+        ((4,), Box((0,), (4, 1)), (0,), "the same number of axes"),
+        ((4,), Box((0,), (4,)), (-1,), "nothing below 0"),
+        ((4,), Box((0,), (4,)), (0, 0), "no more axes than the tensor"),
+        ((4, 2), Box((0, 0), (4, 2)), (0,), "must have length 1"),
+    ],
+)
+def test_a_box_without_a_place_names_tensor_and_ranks(shape, box, local, told):
+    odd = TensorShard("w", shape, box, "float32", "buffer", local)
+    ranks = [endpoint("trainer", rank, [odd]) for rank in (0, 1)]
+    with pytest.raises(SyncError, match=rf"w: trainer.r0.0, trainer.r0.1 told .* buffer: .*{told}"):
+        plan_sync(ranks, [whole_vector("policy", 4)])
+
+
+def test_a_local_tensor_has_one_number_of_axes():
+    pieces = [
+        TensorShard("a", (4, 1), Box((0, 0), (4, 1)), "float32", "buffer", (0, 0)),
+        TensorShard("b", (4,), Box((0,), (4,)), "float32", "buffer", (4,)),
+    ]
+    with pytest.raises(SyncError, match=r"a, b: trainer.r0.0 .* buffer with different numbers"):
+        plan_sync([endpoint("trainer", 0, pieces)], [whole_vector("policy", 4)])
+
+
+def test_a_side_without_ranks_is_refused():
+    with pytest.raises(SyncError, match="the source of a sync has no ranks"):
+        plan_sync([], [whole("policy")])
+    with pytest.raises(SyncError, match="the destination of a sync has no ranks"):
+        plan_sync([whole("trainer")], [])

@@ -2,12 +2,12 @@
 
 import os
 from collections import Counter
-from itertools import pairwise, product
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_cases import endpoint, halves, shard, whole, whole_vector
+from plan_cases import BYTES, endpoint, halves, models, shard, whole, whole_vector
 
 from chatlearn.parallel.sharding import Box
 from chatlearn.sync.plan import plan_sync, summarize_plan
@@ -16,59 +16,11 @@ from chatlearn.sync.records import LINKS
 # `make test-long` tries many more.
 EXAMPLES = int(os.environ.get("CHATLEARN_TEST_EXAMPLES", "200"))
 NETWORK = LINKS.index("network")
-BYTES = {"float32": 4, "bfloat16": 2}
-
-
-def grid(shape, cuts):
-    """Boxes of a tensor that is cut at the given places of each axis."""
-    axes = []
-    for length, places in zip(shape, cuts, strict=True):
-        edges = sorted({0, length, *(place % length for place in places)})
-        axes.append([(a, b - a) for a, b in pairwise(edges)])
-    for combination in product(*axes):
-        yield tuple(a for a, _ in combination), tuple(n for _, n in combination)
 
 
 def elements(box):
     starts = zip(box.offset, box.shape, strict=True)
     return set(product(*(range(at, at + length) for at, length in starts)))
-
-
-@st.composite
-def models(draw, max_copies=3):
-    """Source and destination ranks that cut the same tensors at random places.
-
-    A source has data-parallel copies, a destination replicas; ranks lie on random nodes, in
-    processes and on devices that some of them share.
-    """
-    shapes = draw(st.lists(st.lists(st.integers(1, 6), max_size=3), min_size=1, max_size=3))
-    sides = []
-    for name, is_source in (("trainer", True), ("policy", False)):
-        num_ranks = draw(st.integers(1, 4))
-        dtypes = [draw(st.sampled_from(sorted(BYTES))) for _ in shapes]
-        held = [[] for _ in range(num_ranks)]
-        for number, shape in enumerate(shapes):
-            cuts = [draw(st.lists(st.integers(0, 5), max_size=2)) for _ in shape]
-            for offset, size in grid(shape, cuts):
-                piece = shard(f"w{number}", shape, offset, size, dtype=dtypes[number])
-                held[draw(st.integers(0, num_ranks - 1))].append(piece)
-        ranks = []
-        for copy in range(draw(st.integers(1, max_copies))):
-            for rank, own in enumerate(held):
-                place = draw(st.integers(0, 5))
-                ranks.append(
-                    endpoint(
-                        name,
-                        rank + copy * num_ranks * is_source,
-                        own,
-                        replica=0 if is_source else copy,
-                        node=f"n{draw(st.integers(0, 3))}",
-                        process=place,
-                        device=draw(st.sampled_from(["", f"d{place % 2}"])),
-                    )
-                )
-        sides.append(ranks)
-    return sides
 
 
 def holders_by_element(endpoints):
