@@ -107,6 +107,7 @@ class CellTable:
         if not endpoints:
             side = "destination" if first_index else "source"
             raise SyncError(f"the {side} of a sync has no ranks: give at least one")
+        self.model_name = endpoints[0].model_name
         self._endpoints = endpoints
         self._first_index = first_index
         self.first_group = first_group

@@ -47,6 +47,7 @@ class SyncSettings:
         checks: `false`, `digest` or `full`, as in `SyncCall`.
         transport: `auto`, or `collective`: nothing through shared memory or IPC.
         bucket_bytes: most bytes of one bucket.
+        left_out: the destination's `left_out_weights`.
     """
 
     timeout_s: float
@@ -54,6 +55,7 @@ class SyncSettings:
     checks: str = "false"
     transport: str = "auto"
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    left_out: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,11 @@ class WeightSynchronizer:
         endpoints = self._describe()
         sources, destinations = endpoints[: self._num_sources], endpoints[self._num_sources :]
         size = self._settings.bucket_bytes
-        full = plan_sync(sources, destinations, size)
-        _check_complete(full, self._key, self._namings)
+        left_out = self._settings.left_out
+        full = plan_sync(sources, destinations, size, left_out=left_out)
         trained: SyncPlan | None = None
         if any(endpoint.frozen for endpoint in sources):
-            trained = plan_sync(sources, destinations, size, skip_frozen=True)
+            trained = plan_sync(sources, destinations, size, skip_frozen=True, left_out=left_out)
         is_sent = self._choose_transports(full)
         programs = build_programs(full, is_sent)
         others = build_programs(trained, is_sent) if trained is not None else None
@@ -347,13 +349,3 @@ class WeightSynchronizer:
         )
         self._ranks.run(open_channel, members, deadline, "open a channel", lambda at: (address, at))
         self._is_channel_open = True
-
-
-def _check_complete(plan: SyncPlan, key: str, namings: tuple[str, str]) -> None:
-    """Between two namings a tensor that is left out would leave wrong values in silence."""
-    if namings[0] != namings[1] and plan.unused_keys:
-        raise SyncError(
-            f"weight sync {key}: the destination has no place for "
-            f"{', '.join(plan.unused_keys[:6])}: both models need the same architecture (tied "
-            "or untied embeddings, biases)"
-        )

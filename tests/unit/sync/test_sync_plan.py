@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_cases import BYTES, endpoint, halves, models, shard, whole, whole_vector
 
+from chatlearn.errors import SyncError
 from chatlearn.parallel.sharding import Box
-from chatlearn.sync.plan import plan_sync, summarize_plan
+from chatlearn.sync.plan import check_sides, plan_sync, summarize_plan
 from chatlearn.sync.records import LINKS
 
 # `make test-long` tries many more.
@@ -303,6 +304,31 @@ def test_the_narrower_dtype_is_on_the_wire(given_dtype, taken):
     assert (plan.num_bytes, plan.buckets[0].dtype) == (8, "bfloat16")
 
 
+def vector_of(name, dtype, node="n0", replica=0):
+    held = shard("w", (4,), (0,), (4,), dtype=dtype)
+    return endpoint(name, 0, [held], node=node, replica=replica)
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "taken"), [("float16", "bfloat16"), ("float8_e4m3fn", "float8_e5m2")]
+)
+def test_of_equally_wide_dtypes_the_destinations_is_on_the_wire(given_dtype, taken):
+    takers = [vector_of("policy", taken, f"n{replica}", replica) for replica in (1, 2)]
+    plan = plan_sync([vector_of("trainer", given_dtype)], takers)
+    assert {bucket.dtype for bucket in plan.buckets} == {taken}
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "taken"),
+    [("float32", "int8"), ("int64", "float64"), ("int64", "int8"), ("int8", "uint8")]
+    + [("bool", "uint8"), ("float32", "bool")],
+)
+def test_dtypes_of_different_kinds_are_refused_by_name(given_dtype, taken):
+    message = rf"w: trainer has the dtype {given_dtype}, policy.r0.0 {taken}: .* give both"
+    with pytest.raises(SyncError, match=message):
+        plan_sync([vector_of("trainer", given_dtype)], [vector_of("policy", taken)])
+
+
 def test_frozen_tensors_are_left_out_where_every_holder_says_so():
     shards = [shard(key, (2,), (0,), (2,)) for key in ("a", "b")]
     names = [piece.local_name for piece in shards]
@@ -315,10 +341,33 @@ def test_frozen_tensors_are_left_out_where_every_holder_says_so():
     assert plan_sync(sources, [endpoint("policy", 0, shards)]).skipped_keys == ()
 
 
-def test_tensors_that_the_destination_lacks_are_left_out_and_named():
-    extra = shard("head", (2,), (0,), (2,))
-    source = endpoint("trainer", 0, [*whole("trainer").shards, extra])
-    plan = plan_sync([source], [whole("policy")])
+def with_head():
+    return endpoint("trainer", 0, [*whole("trainer").shards, shard("head", (2,), (0,), (2,))])
+
+
+def test_a_tensor_that_the_destination_lacks_is_refused_by_name():
+    message = (
+        r"policy has no place for head of trainer.r0.0: both models .* left_out_weights of policy"
+    )
+    with pytest.raises(SyncError, match=message):
+        plan_sync([with_head()], [whole("policy")])
+    with pytest.raises(SyncError, match=message):
+        plan_sync([with_head()], [whole("policy")], left_out=("body", "hea", "*.head"))
+    with pytest.raises(SyncError, match=message):
+        check_sides([with_head()], [whole("policy")])
+
+
+def test_patterns_are_given_as_a_tuple():
+    with pytest.raises(
+        SyncError, match=r"left_out_weights of policy's module is the text 'head\*'"
+    ):
+        plan_sync([with_head()], [whole("policy")], left_out="head*")
+
+
+@pytest.mark.parametrize("pattern", ["head", "he*"])
+def test_tensors_that_the_destination_does_without_are_named(pattern):
+    plan = plan_sync([with_head()], [whole("policy")], left_out=(pattern,))
+    check_sides([with_head()], [whole("policy")], left_out=(pattern,))
     assert plan.unused_keys == ("head",)
     assert dict(summarize_plan(plan)) == {
         "buckets": "1",
