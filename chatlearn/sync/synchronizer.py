@@ -26,7 +26,7 @@ from chatlearn.sync.transport import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from chatlearn.runtime.contract import Backend, PendingCall, WorkerGroup
 
@@ -127,6 +127,7 @@ class WeightSynchronizer:
         )
         self._ready: _Ready | None = None
         self._must_be_full = True
+        self._must_plan_anew = False
         self._is_channel_open = False
         self._turn = 0
 
@@ -156,11 +157,13 @@ class WeightSynchronizer:
         self._ready = _Ready(full, trained, programs, others or programs)
         self._ranks.awaited, self._ranks.taken = first_awaited(programs), first_taken(programs)
         self._open_channel()
+        self._must_plan_anew = False
 
     def sync(self, version: int) -> SyncReport:
         """Move the weights; the destinations have them all when this returns.
 
-        After a sync that failed, the next one moves everything anew, over a new channel.
+        After a sync that failed, the next one moves everything anew, over a new channel. So does
+        one whose sources freeze other weights than before, by a new plan.
 
         Args:
             version: number of the weights, given to the destinations' modules.
@@ -172,6 +175,8 @@ class WeightSynchronizer:
         """
         start_s = time.time()
         settings = self._settings
+        if self._must_plan_anew:
+            self.prepare()
         if not self._is_channel_open:
             self._open_channel()
         call = SyncCall(
@@ -191,6 +196,11 @@ class WeightSynchronizer:
             early = self._start_early(call)
             offers = self._offer(call, givers, deadline)
             self._ranks.gather(early, deadline, "take weights")
+            if self._are_others_frozen(offers):
+                self._must_plan_anew = True
+                self.prepare()
+                call = replace(call, is_full=True)
+                offers = self._offer(call, givers, deadline)
             self._move(call, offers, deadline)
             if settings.checks == "full":
                 check = replace(call, is_check=True)
@@ -232,6 +242,11 @@ class WeightSynchronizer:
             return {}
         takers = range(self._num_sources, self._ranks.count)
         return self._ranks.start(pull_early, takers, lambda _: (call,))
+
+    def _are_others_frozen(self, offers: Mapping[int, Offer]) -> bool:
+        """Whether a source freezes other weights than when the sync was planned."""
+        endpoints = self._prepared.full.endpoints
+        return any(offer.frozen != endpoints[at].frozen for at, offer in offers.items())
 
     def _move(self, call: SyncCall, offers: dict[int, Offer], deadline: float) -> None:
         ready = self._prepared
