@@ -77,3 +77,19 @@ def test_a_check_leaves_open_what_only_the_workers_know(config_file, capsys):
     assert main(["plan", config_file, *overrides, "--assume-devices", "8"]) == 2
     assert "moe_grouped_gemm: what a rank of such a model holds" in capsys.readouterr().err
     assert main(["check", config_file, *overrides, "--assume-devices", "8"]) == 0
+
+
+def test_models_of_one_process_copy_within_it(config_file, capsys):
+    alone = ["models.policy.num_gpu=1", "models.policy.tensor_model_parallel_size=1"]
+    alone += ["models.reference.num_gpu=1", "models.reference.tensor_model_parallel_size=1"]
+    alone += ["models.policy_trainer.num_gpu=1"]
+    for backend, link in (("local", "process"), ("ray", "node")):
+        assert main(["plan", config_file, *alone, f"runtime.backend={backend}", "--json"]) == 0
+        (sync,) = json.loads(capsys.readouterr().out.splitlines()[-1])["syncs"]
+        assert [name for name, size in sync["bytes_by_link"].items() if size] == [link]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0"])
+def test_a_speed_that_is_none_is_refused(config_file, capsys, value):
+    assert main(["plan", config_file, "--assume-devices", "8", "--node-gb-s", value]) == 2
+    assert f"--node-gb-s is {value}: give a speed above 0" in capsys.readouterr().err
