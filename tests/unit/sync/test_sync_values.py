@@ -5,10 +5,11 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_cases import models
+from plan_cases import endpoint, models, shard
 
 from chatlearn.sync.plan import plan_sync
 from chatlearn.sync.programs import build_programs
@@ -17,7 +18,9 @@ from chatlearn.sync.records import LINKS
 # `make test-long` tries many more.
 EXAMPLES = int(os.environ.get("CHATLEARN_TEST_EXAMPLES", "200"))
 PROCESS, NETWORK = LINKS.index("process"), LINKS.index("network")
-DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+HALVES = ("float16", "bfloat16")
+# The two of one width that round to each other come most often.
+DTYPES = (*HALVES, *HALVES, "float64", "float32", "float8_e4m3fn", "float8_e5m2")
 # What may go over the channel rather than be pulled.
 CHANNELS = {
     "network": lambda hop: hop.link == NETWORK,
@@ -34,16 +37,16 @@ def placed_models(draw):
     for ranks in sides:
         dtypes, known = {}, {}
 
-        def place(shard, dtypes=dtypes, known=known):
-            if shard not in known:
+        def place(held, dtypes=dtypes, known=known):
+            if held not in known:
                 lead = 0
-                while lead < len(shard.box.shape) and shard.box.shape[lead] == 1:
+                while lead < len(held.box.shape) and held.box.shape[lead] == 1:
                     lead += 1
-                axes = len(shard.box.shape) - chance.randint(0, lead)
-                dtype = dtypes.setdefault(shard.key, chance.choice(DTYPES))
+                axes = len(held.box.shape) - chance.randint(0, lead)
+                dtype = dtypes.setdefault(held.key, chance.choice(DTYPES))
                 local = tuple(chance.randint(0, 2) for _ in range(axes))
-                known[shard] = replace(shard, dtype=dtype, local_offset=local)
-            return known[shard]
+                known[held] = replace(held, dtype=dtype, local_offset=local)
+            return known[held]
 
         ranks[:] = [replace(rank, shards=tuple(map(place, rank.shards))) for rank in ranks]
     return sides
@@ -68,15 +71,16 @@ def value_of(values, shard):
 
 
 def draw_values(sources, seed):
-    """The whole tensors, in the dtypes of the source; some values are beyond narrower ranges."""
+    """The whole tensors, in the dtypes of the source, with many largest values among them."""
     source = torch.Generator().manual_seed(seed)
-    shards = {shard.key: shard for rank in sources for shard in rank.shards}
-    return {
-        key: (torch.randn(shard.global_shape, generator=source, dtype=torch.float64) * 300).to(
-            getattr(torch, shard.dtype)
-        )
-        for key, shard in sorted(shards.items())
-    }
+    values = {}
+    for held in {held.key: held for rank in sources for held in rank.shards}.values():
+        dtype = getattr(torch, held.dtype)
+        drawn = torch.randn(held.global_shape, generator=source, dtype=torch.float64)
+        is_largest = torch.rand(held.global_shape, generator=source) < 0.2
+        largest = torch.finfo(dtype).max
+        values[held.key] = torch.where(is_largest, largest, 300 * drawn).to(dtype)
+    return values
 
 
 def region(tensors, part):
@@ -122,12 +126,30 @@ def exchange(programs, tensors):
     st.sampled_from(sorted(CHANNELS)),
 )
 def test_every_value_arrives_rounded_once_and_nothing_else_changes(sides, seed, size, channel):
+    check_arrival(sides, seed, size, channel)
+
+
+@pytest.mark.parametrize("taken", sorted(set(DTYPES)))
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_a_rank_that_passes_values_on_does_not_round_them_again(channel, taken):
+    def vector(name, dtype, node, replica=0):
+        held = shard("w", (64,), (0,), (64,), dtype=dtype)
+        return endpoint(name, 0, [held], node=node, replica=replica)
+
+    nodes = ("n1", "n1", "n2", "n3")
+    takers = [vector("policy", taken, node, replica) for replica, node in enumerate(nodes)]
+    for given_dtype in sorted(set(DTYPES)):
+        check_arrival([[vector("trainer", given_dtype, "n0")], takers], 1, 1 << 20, channel)
+
+
+def check_arrival(sides, seed, size, channel):
+    """Carry a plan out, and compare everything that the destinations then have."""
     sources, destinations = sides
     values = draw_values(sources, seed)
     tensors = [blank_tensors(rank) for rank in (*sources, *destinations)]
-    for rank, held in zip(sources, tensors, strict=False):
-        for shard in rank.shards:
-            held[shard.local_name][shard.local_slices()].copy_(value_of(values, shard))
+    for rank, own in zip(sources, tensors[: len(sources)], strict=True):
+        for held in rank.shards:
+            own[held.local_name][held.local_slices()].copy_(value_of(values, held))
     programs = build_programs(plan_sync(sources, destinations, size), CHANNELS[channel])
     exchange(programs, tensors)
     for program in reversed(programs):
@@ -136,9 +158,9 @@ def test_every_value_arrives_rounded_once_and_nothing_else_changes(sides, seed, 
             copy_parts(tensors[pull.source], tensors[program.index], parts)
     for rank, found in zip(destinations, tensors[len(sources) :], strict=True):
         wanted = blank_tensors(rank)
-        for shard in rank.shards:
-            value = value_of(values, shard).to(getattr(torch, shard.dtype))
-            wanted[shard.local_name][shard.local_slices()].copy_(value)
+        for held in rank.shards:
+            value = value_of(values, held).to(getattr(torch, held.dtype))
+            wanted[held.local_name][held.local_slices()].copy_(value)
         for name, tensor in wanted.items():
             assert torch.equal(bits(found[name]), bits(tensor)), name
 
