@@ -42,11 +42,13 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 def run_check(arguments: argparse.Namespace) -> None:
     """`chatlearn check CONFIG`: everything that can be known without starting a worker."""
+    from chatlearn.cli.planned_syncs import check_syncs
     from chatlearn.cli.report import print_plan
 
     config = load_config(Path(arguments.config), arguments.overrides)
     engine = build_engine(config)
     plan = engine.plan(config, arguments.assume_devices, may_join=False)
+    check_syncs(plan, plan.config)
     print_plan(engine, plan, plan.config)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from chatlearn.cli.planned_config import planned_config
+from chatlearn.cli.planned_syncs import describe_sides, naming_pair
 from chatlearn.cli.tables import print_table
-from chatlearn.errors import ConfigError, SyncError
-from chatlearn.sync.forecast import PlannedModel, forecast_sync
+from chatlearn.errors import ConfigError
+from chatlearn.sync.forecast import forecast_sync
 from chatlearn.sync.plan import summarize_plan
 from chatlearn.sync.simulate import CPU_HOST, H100_CLUSTER, ClusterSpeeds, simulate_sync
 
@@ -43,14 +44,14 @@ def choose_speeds(
     """The speeds that the command line states, else those of a usual machine of the kind.
 
     Raises:
-        ConfigError: a speed is not above zero.
+        ConfigError: a speed is not above zero, or no finite number.
     """
     base = H100_CLUSTER if is_gpu else CPU_HOST
     for name, value in (("--node-gb-s", node_gb_s), ("--network-gb-s", network_gb_s)):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} is {value:g}: give a speed above 0, in GB per second")
-    if latency_us is not None and latency_us < 0:
-        raise ConfigError(f"--latency-us is {latency_us:g}: give 0 or more")
+    if latency_us is not None and not 0 <= latency_us < math.inf:
+        raise ConfigError(f"--latency-us is {latency_us:g}: give 0 or more, in microseconds")
     return ClusterSpeeds(
         base.process,
         base.device,
@@ -87,26 +88,17 @@ def print_sync_plans(
 def _forecast(
     pair: tuple[str, str], plan: RunPlan, config: Config, speeds: ClusterSpeeds
 ) -> _Forecast:
-    source, destination = pair
-    name = f"{source} -> {destination}"
-    modules = plan.flows.modules
-    if modules[source].weight_naming != modules[destination].weight_naming:
-        return _Forecast(name, None, None, "their names differ: planned when the workers run")
-    sides: list[PlannedModel] = []
-    by_name = {request.model_name: request for request in plan.requests}
-    for model in pair:
-        request = by_name[model]
-        found = modules[model].planned_weight_shards(
-            planned_config(plan, config, model), request.layout
+    name = f"{pair[0]} -> {pair[1]}"
+    sides = describe_sides(pair, plan, config)
+    if isinstance(sides, str):
+        return _Forecast(name, None, None, sides)
+    with naming_pair(pair):
+        made = forecast_sync(
+            *sides,
+            plan.placement,
+            config.runtime.coalesced_buffer_mb << 20,
+            is_one_process=config.runtime.backend == "local",
         )
-        if found is None:
-            return _Forecast(name, None, None, f"what {model} holds is known when its workers run")
-        sides.append(PlannedModel(model, found, request.num_replicas))
-    size = config.runtime.coalesced_buffer_mb << 20
-    try:
-        made = forecast_sync(sides[0], sides[1], plan.placement, size)
-    except SyncError as error:
-        raise ConfigError(f"weight sync {name}: {error}") from error
     return _Forecast(name, made, simulate_sync(made, speeds))
 
 

@@ -174,12 +174,14 @@ class WeightSyncs:
         namings: tuple[str, str],
     ) -> WeightSynchronizer:
         runtime = self._session.config.runtime
+        taker = self._session.plan.flows.modules[destinations[0].model_name]
         settings = SyncSettings(
             timeout_s=runtime.sync_timeout_s,
             mode=runtime.weight_sync_mode,
             checks=runtime.validate_param_sync,
             transport=runtime.weight_sync_transport,
             bucket_bytes=runtime.coalesced_buffer_mb << 20,
+            left_out=taker.left_out_weights,
         )
         synchronizer = WeightSynchronizer(
             self._session.backend, sources, destinations, settings, namings

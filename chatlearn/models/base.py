@@ -84,11 +84,14 @@ class BaseModule:
         weight_naming: what the names in `weight_shards` are: `state_dict`, the model's own names;
             `huggingface`, for a `transformers` model in `self.model`, so that a model with
             another naming can sync with it. A backend has its own.
+        left_out_weights: tensors of its trainer that this model does without, as patterns of
+            `fnmatch` for their names in the sync, such as `("value_head.*",)`.
     """
 
     needs_whole_episode: bool = False
     guards_updates: bool = False
     weight_naming: str = "state_dict"
+    left_out_weights: tuple[str, ...] = ()
 
     def __init__(self, name: str, args: Mapping[str, Any] | None = None) -> None:
         if not isinstance(name, str) or not name.isidentifier():  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -395,14 +398,9 @@ class BaseModule:
     def planned_weight_shards(
         self, config: ModelConfig, layout: ParallelLayout
     ) -> tuple[tuple[TensorShard, ...], ...] | None:
-        """What `weight_shards` will say on each rank, told on the driver before any worker is up.
+        """What `weight_shards` will say, by rank, told on the driver before any worker is up.
 
-        Args:
-            config: this model's section of the config.
-            layout: of one replica.
-
-        Returns:
-            Shards by rank; None where only the live module knows.
+        Arguments are those of `find_problems`; None where only the live module knows.
         """
         del config, layout
         return None

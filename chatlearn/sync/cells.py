@@ -96,14 +96,18 @@ class CellTable:
         first_group: number of the first group.
 
     Raises:
-        SyncError: ranks disagree on a tensor's shape or dtype, or a copy of the model (all ranks
-            of a source, each replica of a destination) has a hole or an overlap; names tensor
-            and ranks.
+        SyncError: there are no ranks, a box is no part of its tensor, ranks disagree on a
+            tensor's shape or dtype, or a copy of the model (all ranks of a source, each replica
+            of a destination) has a hole or an overlap; names tensor and ranks.
     """
 
     def __init__(
         self, endpoints: Sequence[Endpoint], first_index: int = 0, first_group: int = 0
     ) -> None:
+        if not endpoints:
+            side = "destination" if first_index else "source"
+            raise SyncError(f"the {side} of a sync has no ranks: give at least one")
+        self.model_name = endpoints[0].model_name
         self._endpoints = endpoints
         self._first_index = first_index
         self.first_group = first_group
@@ -113,7 +117,13 @@ class CellTable:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._holders: dict[tuple[int, ...], tuple[int, ...]] = {}
         found: dict[str, dict[Box, dict[int, TensorShard]]] = {}
+        checked: set[int] = set()
         for group, members in self._members.items():
+            # Groups share shards: each is looked at once.
+            for shard in endpoints[members[0]].shards:
+                if id(shard) not in checked:
+                    checked.add(id(shard))
+                    _check_place(shard, self._labels[group])
             _check_local(endpoints[members[0]])
             for shard in endpoints[members[0]].shards:
                 held = found.setdefault(shard.key, {}).setdefault(shard.box, {})
@@ -131,9 +141,7 @@ class CellTable:
         return self._name_ranks(group for cell in self.by_key[key] for group in cell.shards)
 
     def _name_ranks(self, groups: Iterable[int]) -> str:
-        names = [name for group in dict.fromkeys(groups) for name in self._labels[group]]
-        more = f" and {len(names) - _NAMED_RANKS} more" if len(names) > _NAMED_RANKS else ""
-        return ", ".join(names[:_NAMED_RANKS]) + more
+        return _name([name for group in dict.fromkeys(groups) for name in self._labels[group]])
 
     def _add(self, key: str, boxes: Mapping[Box, Mapping[int, TensorShard]]) -> None:
         shards = [shard for held in boxes.values() for shard in held.values()]
@@ -203,6 +211,33 @@ def _group_equal(
     return tuple(groups), members
 
 
+def _check_place(shard: TensorShard, labels: Sequence[str]) -> None:
+    """A shard's box lies within its tensor, and has a place in the local one."""
+    shape, box, local = shard.global_shape, shard.box, shard.local_offset
+    if not len(shape) == len(box.offset) == len(box.shape):
+        fault = "offset, shape and tensor must have the same number of axes"
+    elif any(
+        at < 0 or length < 0 or at + length > whole
+        for at, length, whole in zip(box.offset, box.shape, shape, strict=True)
+    ):
+        fault = "a box must lie within its tensor"
+    elif len(local) > len(shape) or any(at < 0 for at in local):
+        fault = "the local offset must have no more axes than the tensor, and nothing below 0"
+    elif any(length != 1 for length in box.shape[: len(shape) - len(local)]):
+        fault = "axes that the local tensor lacks must have length 1 in the box"
+    else:
+        return
+    raise SyncError(
+        f"{shard.key}: {_name(labels)} told a box at {box.offset} of shape {box.shape} in a tensor "
+        f"of shape {shape}, at {local} of the local tensor {shard.local_name}: {fault}"
+    )
+
+
+def _name(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - _NAMED_RANKS} more" if len(labels) > _NAMED_RANKS else ""
+    return ", ".join(labels[:_NAMED_RANKS]) + more
+
+
 def _check_local(endpoint: Endpoint) -> None:
     """No element of a local tensor may belong to two shards."""
     regions: dict[str, list[TensorShard]] = {}
@@ -211,6 +246,12 @@ def _check_local(endpoint: Endpoint) -> None:
     for name, shards in regions.items():
         if len(shards) == 1:
             continue
+        if len({len(shard.local_offset) for shard in shards}) > 1:
+            keys = sorted({shard.key for shard in shards})
+            raise SyncError(
+                f"{', '.join(keys)}: {endpoint.label} describes its tensor {name} with different "
+                "numbers of axes: a local tensor has one shape"
+            )
         boxes = [Box(shard.local_offset, shard.local_shape) for shard in shards]
         pair = BoxIndex(boxes).find_overlap()
         if pair is not None:

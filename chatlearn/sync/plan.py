@@ -16,16 +16,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 from chatlearn.errors import SyncError
 from chatlearn.parallel.sharding import Box
 from chatlearn.sync.cells import BoxIndex, CellTable
-from chatlearn.sync.records import ITEM_BYTES, Bucket, Cell, Endpoint, Piece, SyncPlan
+from chatlearn.sync.records import FLOAT_DTYPES, ITEM_BYTES, Bucket, Cell, Endpoint, Piece, SyncPlan
 from chatlearn.sync.routes import choose_routes, order_hops
 
-__all__ = ["DEFAULT_BUCKET_BYTES", "plan_sync", "summarize_plan"]
+__all__ = ["DEFAULT_BUCKET_BYTES", "check_sides", "plan_sync", "summarize_plan"]
 
 DEFAULT_BUCKET_BYTES = 32 << 20
+_NAMED_TENSORS = 6
 
 
 def plan_sync(
@@ -34,6 +36,7 @@ def plan_sync(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     *,
     skip_frozen: bool = False,
+    left_out: Collection[str] = (),
 ) -> SyncPlan:
     """Plan how every destination element is written exactly once from a rank that holds it.
 
@@ -42,28 +45,36 @@ def plan_sync(
         destinations: ranks of every replica that gets them.
         bucket_bytes: most bytes of one bucket; a larger box is cut (a single element is not).
         skip_frozen: leave out tensors that are frozen on every rank that holds them.
+        left_out: patterns (as of `fnmatch`) of the source tensors that the destination may lack.
 
     Raises:
-        SyncError: a destination tensor is not in the source, shapes differ, ranks disagree on a
-            dtype, or shards leave a hole or overlap; names tensor and ranks.
+        SyncError: a side has no ranks, one side has a tensor that the other lacks, shapes or
+            kinds of dtypes differ, ranks disagree on either, a box is no part of its tensor, or
+            shards leave a hole or overlap; names tensor and ranks.
     """
     with _paused_collector():
-        held = CellTable(sources)
-        wanted = CellTable(destinations, len(sources), len(set(held.groups)))
+        held, wanted = _tabulate(sources, destinations)
         frozen = _frozen_keys(held, sources) if skip_frozen else frozenset[str]()
-        _check_known(held, wanted, sources[0].model_name)
+        unused = _check_fit(held, wanted, left_out)
         groups = _group_pieces(held, wanted, frozen)
         parts = [_cut_buckets(pieces, dtype, bucket_bytes) for dtype, pieces in groups]
         buckets, turns = _take_turns(parts)
         endpoints = (*sources, *destinations)
         routes = choose_routes(endpoints, buckets)
         hops, bytes_by_link = order_hops(len(endpoints), buckets, turns, routes)
-        unused = tuple(sorted(set(held.by_key) - set(wanted.by_key)))
         skipped = tuple(sorted(frozen & set(wanted.by_key)))
         numbers = (*held.groups, *wanted.groups)
         return SyncPlan(
             endpoints, len(sources), numbers, buckets, hops, bytes_by_link, unused, skipped
         )
+
+
+def check_sides(
+    sources: Sequence[Endpoint], destinations: Sequence[Endpoint], left_out: Collection[str] = ()
+) -> None:
+    """Whether `plan_sync` would plan this; arguments and errors are the same."""
+    with _paused_collector():
+        _check_fit(*_tabulate(sources, destinations), left_out)
 
 
 def summarize_plan(plan: SyncPlan) -> list[tuple[str, str]]:
@@ -79,6 +90,13 @@ def summarize_plan(plan: SyncPlan) -> list[tuple[str, str]]:
     if plan.skipped_keys:
         rows.append(("frozen tensors", f"{len(plan.skipped_keys):,}"))
     return rows
+
+
+def _tabulate(
+    sources: Sequence[Endpoint], destinations: Sequence[Endpoint]
+) -> tuple[CellTable, CellTable]:
+    held = CellTable(sources)
+    return held, CellTable(destinations, len(sources), len(set(held.groups)))
 
 
 @contextmanager
@@ -107,7 +125,14 @@ def _frozen_keys(held: CellTable, sources: Sequence[Endpoint]) -> frozenset[str]
     )
 
 
-def _check_known(held: CellTable, wanted: CellTable, source_name: str) -> None:
+def _check_fit(held: CellTable, wanted: CellTable, left_out: Collection[str]) -> tuple[str, ...]:
+    """Refuse two models that do not fit; gives the source's tensors that may be left out."""
+    _check_known(held, wanted)
+    return _find_unused(held, wanted, left_out)
+
+
+def _check_known(held: CellTable, wanted: CellTable) -> None:
+    source_name = held.model_name
     for key, shape in wanted.shapes.items():
         if key not in held.shapes:
             raise SyncError(
@@ -119,6 +144,32 @@ def _check_known(held: CellTable, wanted: CellTable, source_name: str) -> None:
                 f"{key}: {source_name} has the shape {held.shapes[key]}, {wanted.labels(key)} "
                 f"{shape}: both models need the same architecture"
             )
+        given, taken = held.by_key[key][0].dtype, wanted.by_key[key][0].dtype
+        if given != taken and not {given, taken} <= FLOAT_DTYPES:
+            raise SyncError(
+                f"{key}: {source_name} has the dtype {given}, {wanted.labels(key)} {taken}: only "
+                "one float dtype can be rounded to another; give both models the same"
+            )
+
+
+def _find_unused(held: CellTable, wanted: CellTable, left_out: Collection[str]) -> tuple[str, ...]:
+    """Source tensors that no destination takes; each must be one that may be left out."""
+    if isinstance(left_out, str):
+        raise SyncError(
+            f"left_out_weights of {wanted.model_name}'s module is the text {left_out!r}: give a "
+            "tuple of patterns"
+        )
+    unused = sorted(set(held.by_key) - set(wanted.by_key))
+    wrong = [key for key in unused if not any(fnmatchcase(key, each) for each in left_out)]
+    if wrong:
+        more = f" and {len(wrong) - _NAMED_TENSORS} more" if len(wrong) > _NAMED_TENSORS else ""
+        raise SyncError(
+            f"{wanted.model_name} has no place for {', '.join(wrong[:_NAMED_TENSORS])}{more} of "
+            f"{held.labels(wrong[0])}: both models need the same architecture (tied or untied "
+            "embeddings, biases); or name what it does without in left_out_weights of "
+            f"{wanted.model_name}'s module"
+        )
+    return tuple(unused)
 
 
 def _group_pieces(
@@ -129,8 +180,10 @@ def _group_pieces(
     for key, cells in wanted.by_key.items():
         if key in skipped:
             continue
+        reached = 0
         for piece in _intersect(held.by_key[key], cells):
             source, destination = piece.source, piece.destination
+            reached += piece.box.num_elements
             if 0 in piece.box.shape:
                 continue
             # Cells with the same holders share one tuple, so its identity stands for it.
@@ -141,6 +194,13 @@ def _group_pieces(
                 destination.dtype,
             )
             groups.setdefault(kind, []).append(piece)
+        # Both sides partition the tensor, so this can fail only where their checks are wrong.
+        needed = sum(cell.box.num_elements for cell in cells)
+        if reached != needed:
+            raise SyncError(
+                f"{key}: the plan reaches {reached} of the {needed} elements that "
+                f"{wanted.labels(key)} hold: report this with both descriptions"
+            )
     return [
         (_wire_dtype(source, destination), pieces)
         for (_, _, source, destination), pieces in groups.items()
@@ -162,8 +222,12 @@ def _intersect(held: Sequence[Cell], wanted: Sequence[Cell]) -> Iterable[Piece]:
 
 
 def _wire_dtype(source: str, destination: str) -> str:
-    """The narrower of two dtypes: rounding before or after the wire gives the same values."""
-    return destination if ITEM_BYTES[destination] < ITEM_BYTES[source] else source
+    """The narrower of two dtypes; of two equally wide ones the destination's.
+
+    So there is one rounding, also where a destination passes on what it has: a narrower source's
+    values are among those of every wider float dtype.
+    """
+    return destination if ITEM_BYTES[destination] <= ITEM_BYTES[source] else source
 
 
 def _cut_buckets(pieces: Sequence[Piece], dtype: str, bucket_bytes: int) -> list[Bucket]:

@@ -11,7 +11,17 @@ from typing import NamedTuple
 
 from chatlearn.parallel.sharding import Box, TensorShard
 
-__all__ = ["ITEM_BYTES", "LINKS", "Bucket", "Cell", "Endpoint", "Hop", "Piece", "SyncPlan"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "ITEM_BYTES",
+    "LINKS",
+    "Bucket",
+    "Cell",
+    "Endpoint",
+    "Hop",
+    "Piece",
+    "SyncPlan",
+]
 
 ITEM_BYTES = {
     "float64": 8,
@@ -27,6 +37,8 @@ ITEM_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
+# Any of these can be rounded to any other; every narrower one's values are among the wider one's.
+FLOAT_DTYPES = frozenset(name for name in ITEM_BYTES if "float" in name)
 # Kinds of links, shortest first; a hop's `link` indexes this tuple.
 LINKS = ("process", "device", "node", "network")
 
@@ -96,7 +108,7 @@ class Bucket(NamedTuple):
 
     Attributes:
         pieces: what is in it, in order.
-        dtype: on the wire: the narrower of the two sides' dtypes.
+        dtype: on the wire: the narrower of the two sides' dtypes, else the destination's.
         num_bytes: of one copy, on the wire.
     """
 
@@ -138,7 +150,7 @@ class SyncPlan:
         hops: who sends which bucket to whom, by round. Every rank that works through its hops
             in this order finishes: the earliest unfinished hop has both its ends waiting.
         bytes_by_link: payload by kind of link.
-        unused_keys: source tensors that no destination has.
+        unused_keys: source tensors that the destination does without.
         skipped_keys: tensors left out because they do not change.
     """
 

@@ -8,7 +8,7 @@ from heapq import nsmallest
 
 from chatlearn.sync.records import LINKS, Bucket, Endpoint, Hop
 
-__all__ = ["Route", "choose_routes", "order_hops"]
+__all__ = ["Route", "choose_routes", "find_link", "order_hops"]
 
 _PROCESS, _DEVICE, _NODE, _NETWORK = range(len(LINKS))
 _MOST_SWEEPS = 100
@@ -152,12 +152,12 @@ def _nearest(
     endpoints: Sequence[Endpoint], near: Sequence[int], taker: int
 ) -> tuple[int, tuple[int, ...]]:
     """The shortest link from any of `near` (on the taker's node), and who offers it."""
-    links = [_link(endpoints[source], endpoints[taker]) for source in near]
+    links = [find_link(endpoints[source], endpoints[taker]) for source in near]
     shortest = min(links)
     return shortest, tuple(s for s, link in zip(near, links, strict=True) if link == shortest)
 
 
-def _link(source: Endpoint, destination: Endpoint) -> int:
+def find_link(source: Endpoint, destination: Endpoint) -> int:
     """The kind of link between two endpoints of one node."""
     if source.process_id == destination.process_id:
         return _PROCESS
@@ -204,7 +204,7 @@ def _route_remote(
         chain.append(lead)
         for taker in takers:
             if taker != lead:
-                link = _link(endpoints[lead], endpoints[taker])
+                link = find_link(endpoints[lead], endpoints[taker])
                 within.append(Route(lead, taker, link))
                 loads.sent[link][lead] += num_bytes
     return routes + within

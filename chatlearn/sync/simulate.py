@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from chatlearn.sync.lower_bound import bound_seconds
 from chatlearn.sync.records import LINKS, SyncPlan
+from chatlearn.sync.routes import find_link
 
 __all__ = ["CPU_HOST", "H100_CLUSTER", "ClusterSpeeds", "SimulatedSync", "simulate_sync"]
 
@@ -52,7 +53,7 @@ class SimulatedSync:
 
     Attributes:
         seconds: until the last hop is done.
-        lower_bound_s: what no plan for the same two layouts can beat.
+        lower_bound_s: what no plan for the same two layouts can beat (see `bound_seconds`).
         network_s: until the last hop over the network is done.
     """
 
@@ -83,29 +84,7 @@ def simulate_sync(plan: SyncPlan, speeds: ClusterSpeeds) -> SimulatedSync:
             copy_free[hop.destination] = start + took
         there[hop.bucket, hop.destination] = start + took
         end = max(end, start + took)
-    return SimulatedSync(end, _lower_bound(plan, speeds), network_end)
-
-
-def _lower_bound(plan: SyncPlan, speeds: ClusterSpeeds) -> float:
-    """The largest of three times: what a node must receive, a rank must copy, holders must send.
-
-    What crosses to a node is divided by the network of all its takers; what only certain holders
-    have must leave them once, by the network of all of them.
-    """
-    takers = Counter(endpoint.node_id for endpoint in plan.endpoints[plan.num_sources :])
-    into_node: Counter[str] = Counter()
-    leaving: Counter[tuple[int, ...]] = Counter()
-    copying_s: dict[int, float] = defaultdict(float)
-    seen: set[int] = set()
-    for hop in plan.hops:
-        bucket = plan.buckets[hop.bucket]
-        if hop.link != _NETWORK:
-            copying_s[hop.destination] += bucket.num_bytes / speeds.rate(hop.link)
-            continue
-        into_node[plan.endpoints[hop.destination].node_id] += bucket.num_bytes
-        if hop.bucket not in seen:
-            seen.add(hop.bucket)
-            leaving[bucket.pieces[0].source.holders] += bucket.num_bytes
-    bounds = [size / (takers[node] * speeds.network) for node, size in into_node.items()]
-    bounds += [size / (len(holders) * speeds.network) for holders, size in leaving.items()]
-    return max([*bounds, *copying_s.values()], default=0.0)
+    least = bound_seconds(
+        plan, speeds.network, lambda one, other: speeds.rate(find_link(one, other))
+    )
+    return SimulatedSync(end, least, network_end)

@@ -50,6 +50,7 @@ class Offer:
         handles: tensors that other processes may open.
         lent: tensors for models of the same process.
         digests: by number of the block.
+        frozen: local names of a source's weights that training does not change now.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Offer:
     handles: Mapping[str, TensorHandle]
     lent: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
     digests: Mapping[int, int] = field(default_factory=dict[int, int])
+    frozen: frozenset[str] = field(default_factory=frozenset[str])
 
 
 class Programs:

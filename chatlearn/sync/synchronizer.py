@@ -26,7 +26,7 @@ from chatlearn.sync.transport import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from chatlearn.runtime.contract import Backend, PendingCall, WorkerGroup
 
@@ -47,6 +47,7 @@ class SyncSettings:
         checks: `false`, `digest` or `full`, as in `SyncCall`.
         transport: `auto`, or `collective`: nothing through shared memory or IPC.
         bucket_bytes: most bytes of one bucket.
+        left_out: the destination's `left_out_weights`.
     """
 
     timeout_s: float
@@ -54,6 +55,7 @@ class SyncSettings:
     checks: str = "false"
     transport: str = "auto"
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    left_out: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class WeightSynchronizer:
         )
         self._ready: _Ready | None = None
         self._must_be_full = True
+        self._must_plan_anew = False
         self._is_channel_open = False
         self._turn = 0
 
@@ -142,11 +145,11 @@ class WeightSynchronizer:
         endpoints = self._describe()
         sources, destinations = endpoints[: self._num_sources], endpoints[self._num_sources :]
         size = self._settings.bucket_bytes
-        full = plan_sync(sources, destinations, size)
-        _check_complete(full, self._key, self._namings)
+        left_out = self._settings.left_out
+        full = plan_sync(sources, destinations, size, left_out=left_out)
         trained: SyncPlan | None = None
         if any(endpoint.frozen for endpoint in sources):
-            trained = plan_sync(sources, destinations, size, skip_frozen=True)
+            trained = plan_sync(sources, destinations, size, skip_frozen=True, left_out=left_out)
         is_sent = self._choose_transports(full)
         programs = build_programs(full, is_sent)
         others = build_programs(trained, is_sent) if trained is not None else None
@@ -154,11 +157,13 @@ class WeightSynchronizer:
         self._ready = _Ready(full, trained, programs, others or programs)
         self._ranks.awaited, self._ranks.taken = first_awaited(programs), first_taken(programs)
         self._open_channel()
+        self._must_plan_anew = False
 
     def sync(self, version: int) -> SyncReport:
         """Move the weights; the destinations have them all when this returns.
 
-        After a sync that failed, the next one moves everything anew, over a new channel.
+        After a sync that failed, the next one moves everything anew, over a new channel. So does
+        one whose sources freeze other weights than before, by a new plan.
 
         Args:
             version: number of the weights, given to the destinations' modules.
@@ -170,6 +175,8 @@ class WeightSynchronizer:
         """
         start_s = time.time()
         settings = self._settings
+        if self._must_plan_anew:
+            self.prepare()
         if not self._is_channel_open:
             self._open_channel()
         call = SyncCall(
@@ -189,6 +196,11 @@ class WeightSynchronizer:
             early = self._start_early(call)
             offers = self._offer(call, givers, deadline)
             self._ranks.gather(early, deadline, "take weights")
+            if self._are_others_frozen(offers):
+                self._must_plan_anew = True
+                self.prepare()
+                call = replace(call, is_full=True)
+                offers = self._offer(call, givers, deadline)
             self._move(call, offers, deadline)
             if settings.checks == "full":
                 check = replace(call, is_check=True)
@@ -230,6 +242,11 @@ class WeightSynchronizer:
             return {}
         takers = range(self._num_sources, self._ranks.count)
         return self._ranks.start(pull_early, takers, lambda _: (call,))
+
+    def _are_others_frozen(self, offers: Mapping[int, Offer]) -> bool:
+        """Whether a source freezes other weights than when the sync was planned."""
+        endpoints = self._prepared.full.endpoints
+        return any(offer.frozen != endpoints[at].frozen for at, offer in offers.items())
 
     def _move(self, call: SyncCall, offers: dict[int, Offer], deadline: float) -> None:
         ready = self._prepared
@@ -347,13 +364,3 @@ class WeightSynchronizer:
         )
         self._ranks.run(open_channel, members, deadline, "open a channel", lambda at: (address, at))
         self._is_channel_open = True
-
-
-def _check_complete(plan: SyncPlan, key: str, namings: tuple[str, str]) -> None:
-    """Between two namings a tensor that is left out would leave wrong values in silence."""
-    if namings[0] != namings[1] and plan.unused_keys:
-        raise SyncError(
-            f"weight sync {key}: the destination has no place for "
-            f"{', '.join(plan.unused_keys[:6])}: both models need the same architecture (tied "
-            "or untied embeddings, biases)"
-        )

@@ -140,10 +140,12 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
         )
     lent = {name: tensors[name] for name in program.lent}
     digests: dict[int, int] = {}
+    frozen = frozenset[str]()
     if not program.is_destination and not call.is_check:
+        frozen = frozenset(context.module.frozen_weights())
         blocks = _chosen(_programs(context, call.key).full, call)
         digests = _digest(blocks, tensors)
-    return Offer(program.index, _label(context), call.version, handles, lent, digests)
+    return Offer(program.index, _label(context), call.version, handles, lent, digests, frozen)
 
 
 def exchange_weights(context: WorkerContext, call: SyncCall) -> Failure | None:

@@ -12,7 +12,7 @@ __all__ = ["CpuCopyService"]
 
 
 class CpuCopyService(CopyService):
-    """Sends and receives over the default gloo group.
+    """Sends and receives over the default gloo group; what stays on a rank is copied there.
 
     Attributes:
         num_bytes: that came from other ranks so far.
@@ -33,10 +33,17 @@ class CpuCopyService(CopyService):
 
     def run(self) -> None:
         """Send and receive all of them at once; messages of one pair keep their order."""
-        works: list[Any] = [dist.isend(tensor, peer) for tensor, peer in self._sends]
-        works += [dist.irecv(tensor, peer) for tensor, peer in self._receives]
+        rank = dist.get_rank()
+        given = [tensor for tensor, peer in self._sends if peer == rank]
+        taken = [tensor for tensor, peer in self._receives if peer == rank]
+        for source, destination in zip(given, taken, strict=True):
+            destination.copy_(source)
+        sends = [(tensor, peer) for tensor, peer in self._sends if peer != rank]
+        receives = [(tensor, peer) for tensor, peer in self._receives if peer != rank]
+        works: list[Any] = [dist.isend(tensor, peer) for tensor, peer in sends]
+        works += [dist.irecv(tensor, peer) for tensor, peer in receives]
         for work in works:
             work.wait()
-        self.num_bytes += sum(tensor.nbytes for tensor, _ in self._receives)
+        self.num_bytes += sum(tensor.nbytes for tensor, _ in receives)
         self._sends.clear()
         self._receives.clear()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from chatlearn.parallel.context import WorkerContext
     from chatlearn.parallel.layout import ParallelLayout
 
-__all__ = ["GroupRanks", "list_group_ranks", "prepare_megatron", "swap_weights"]
+__all__ = ["GroupRanks", "list_group_ranks", "make_groups", "prepare_megatron", "swap_weights"]
 
 _SWAP = "benchmark megatron"
 
@@ -59,8 +59,8 @@ class _Swap:
         from scripts.bench.cpu_copy_service import CpuCopyService
 
         world = joint_world(context)
-        given = _make_groups(source, world.rank)
-        taken = _make_groups(destination, world.rank)
+        given = make_groups(source, world.rank)
+        taken = make_groups(destination, world.rank)
         own: Any = unwrap_model(context.module.model[0])
         is_source = world.rank < world.num_sources
         own.pg_collection = given if is_source else taken
@@ -89,7 +89,7 @@ def swap_weights(context: WorkerContext) -> int:
     return swap.service.num_bytes
 
 
-def _make_groups(ranks: GroupRanks, rank: int) -> _Groups:
+def make_groups(ranks: GroupRanks, rank: int) -> _Groups:
     """Every rank takes part in making every group; it keeps those that it is in."""
     import torch.distributed as dist
 

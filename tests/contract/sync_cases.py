@@ -210,8 +210,8 @@ def serve(context):
     return run_stage(context, call)[0].columns["scalar"][0]
 
 
-def freeze(context):
-    context.module.is_fixed = True
+def freeze(context, is_fixed=True):
+    context.module.is_fixed = is_fixed
 
 
 def has_channel(context):

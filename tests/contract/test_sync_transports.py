@@ -103,6 +103,23 @@ def test_frozen_weights_move_once_and_stay_checked(pair, mode):
     pair.call("trainer", cases.write, 1, False, trained)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_are_frozen_or_thawed_later_arrive(pair, mode):
+    synchronizer = pair.prepare(mode=mode)
+    moved = []
+    for version, is_fixed in enumerate([False, True, True, False, False, True]):
+        pair.call("trainer", cases.freeze, is_fixed)
+        trained = [name for name in cases.KINDS if name != "fixed"]
+        # The third version alone is written while the weight is known to be frozen.
+        pair.call("trainer", cases.write, version, False, trained if version == 2 else None)
+        moved.append(synchronizer.sync(version).num_bytes)
+        wrong = {name for names in pair.differing(version) for name in names}
+        assert wrong == ({"fixed"} if version == 2 else set())
+    whole = synchronizer.plan.num_bytes
+    frozen_bytes = 4 * 4 * 4 * len(pair.groups["sampler"])
+    assert moved == [whole, whole, whole - frozen_bytes, whole, whole, whole]
+
+
 def sync_often(synchronizer, count):
     """Every 64th version: what is checked when must not depend on their numbers."""
     for number in range(count):

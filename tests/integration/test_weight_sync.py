@@ -96,3 +96,26 @@ def test_a_module_without_a_model_cannot_be_synced(learn_locally):
 
     with pytest.raises(WorkerError, match="'sampler' takes part in a parameter sync"):
         learn_locally(build_engine(Empty("sampler"), Trainer("trainer")))
+
+
+class Headed(Trainer):
+    """A trainer with a weight that its sampler has no place for."""
+
+    def setup(self):
+        super().setup()
+        self.model.register_buffer("head", torch.zeros(3))
+
+
+class Headless(Sampler):
+    left_out_weights = ("head",)
+
+
+def test_a_weight_that_the_sampler_has_no_place_for_is_refused(learn_locally):
+    message = r"sampler has no place for head of trainer.r0.0: .* left_out_weights of sampler"
+    with pytest.raises(SyncError, match=message):
+        learn_locally(build_engine(Sampler("sampler"), Headed("trainer")))
+
+
+def test_a_sampler_may_say_which_weights_it_does_without(learn_locally):
+    result = learn_locally(build_engine(Headless("sampler"), Headed("trainer")), num_episode=1)
+    assert result.metrics[-1]["sync/sampler/bytes"] == (6 + 2) * 4

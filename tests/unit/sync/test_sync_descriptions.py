@@ -1,11 +1,19 @@
 """Descriptions that cannot be right are refused, with the tensor and the ranks."""
 
+import os
+from dataclasses import replace
+
 import pytest
-from plan_cases import endpoint, halves, shard, whole, whole_vector
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plan_cases import endpoint, halves, models, shard, whole, whole_vector
 
 from chatlearn.errors import SyncError
 from chatlearn.parallel.sharding import Box, TensorShard
 from chatlearn.sync.plan import plan_sync
+
+# `make test-long` tries many more.
+EXAMPLES = int(os.environ.get("CHATLEARN_TEST_EXAMPLES", "200"))
 
 
 def test_a_hole_names_tensor_and_ranks():
@@ -101,3 +109,93 @@ def test_a_tensor_that_the_source_lacks_is_named():
     message = "policy.r2.0 has the tensor v, which trainer lacks: both models need the same"
     with pytest.raises(SyncError, match=message):
         plan_sync(halves("trainer"), [other])
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths"), [((0, 6), (2, 2)), ((-2, 0, 4), (2, 4, 2)), ((0, 5), (5, -1))]
+)
+def test_boxes_outside_of_the_tensor_are_found_though_their_elements_add_up(starts, lengths):
+    pieces = [shard("w", (4,), (at,), (n,)) for at, n in zip(starts, lengths, strict=True)]
+    with pytest.raises(SyncError, match=r"w: trainer.r0.0 told a box at .* lie within its tensor"):
+        plan_sync([endpoint("trainer", 0, pieces)], [whole_vector("policy", 4)])
+    with pytest.raises(SyncError, match=r"w: policy.r0.0 told a box at .* lie within its tensor"):
+        plan_sync([whole_vector("trainer", 4)], [endpoint("policy", 0, pieces)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "local", "told"),
+    [
+        ((4,), Box((0, 0), (4, 1)), (0,), "the same number of axes"),
+        ((4, 1), Box((0,), (4,)), (0,), "the same number of axes"),
+        ((4,), Box((0,), (4, 1)), (0,), "the same number of axes"),
+        ((4,), Box((0,), (4,)), (-1,), "nothing below 0"),
+        ((4,), Box((0,), (4,)), (0, 0), "no more axes than the tensor"),
+        ((4, 2), Box((0, 0), (4, 2)), (0,), "must have length 1"),
+    ],
+)
+def test_a_box_without_a_place_names_tensor_and_ranks(shape, box, local, told):
+    odd = TensorShard("w", shape, box, "float32", "buffer", local)
+    ranks = [endpoint("trainer", rank, [odd]) for rank in (0, 1)]
+    with pytest.raises(SyncError, match=rf"w: trainer.r0.0, trainer.r0.1 told .* buffer: .*{told}"):
+        plan_sync(ranks, [whole_vector("policy", 4)])
+
+
+def test_a_local_tensor_has_one_number_of_axes():
+    pieces = [
+        TensorShard("a", (4, 1), Box((0, 0), (4, 1)), "float32", "buffer", (0, 0)),
+        TensorShard("b", (4,), Box((0,), (4,)), "float32", "buffer", (4,)),
+    ]
+    with pytest.raises(SyncError, match=r"a, b: trainer.r0.0 .* buffer with different numbers"):
+        plan_sync([endpoint("trainer", 0, pieces)], [whole_vector("policy", 4)])
+
+
+def test_a_side_without_ranks_is_refused():
+    with pytest.raises(SyncError, match="the source of a sync has no ranks"):
+        plan_sync([], [whole("policy")])
+    with pytest.raises(SyncError, match="the destination of a sync has no ranks"):
+        plan_sync([whole("trainer")], [])
+
+
+def moved_along(values, axis, by):
+    return (*values[:axis], values[axis] + by, *values[axis + 1 :])
+
+
+@st.composite
+def wrong_sides(draw):
+    """A sync of which one shard is described wrongly, and the name of that shard's tensor."""
+    sides = draw(models(max_copies=1))
+    side = draw(st.sampled_from(sides))
+    rank = draw(st.sampled_from([at for at, each in enumerate(side) if each.shards]))
+    right = draw(st.sampled_from(side[rank].shards))
+    box, local = right.box, right.local_offset
+    wrong = [
+        [],
+        [right, replace(right, local_name="another")],
+        [replace(right, dtype="complex64")],
+        [replace(right, global_shape=(*right.global_shape, 1))],
+        [replace(right, box=Box((*box.offset, 0), box.shape))],
+        [replace(right, box=Box(box.offset, (*box.shape, 1)))],
+        [replace(right, local_offset=(*local, 0))],
+    ]
+    if box.shape:
+        axis = draw(st.integers(0, len(box.shape) - 1))
+        by = draw(st.integers(-8, 8).filter(bool))
+        wrong += [
+            [replace(right, box=Box(moved_along(box.offset, axis, by), box.shape))],
+            [replace(right, box=Box(box.offset, moved_along(box.shape, axis, by)))],
+            [replace(right, global_shape=moved_along(right.global_shape, axis, by))],
+            [replace(right, local_offset=moved_along(local, axis, -abs(by)))],
+        ]
+    told = draw(st.sampled_from(wrong))
+    kept = [each for each in side[rank].shards if each is not right]
+    side[rank] = replace(side[rank], shards=(*kept, *told))
+    return sides, right.key
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(wrong_sides())
+def test_one_wrong_shard_is_refused_by_the_name_of_its_tensor(case):
+    (sources, destinations), key = case
+    with pytest.raises(SyncError, match=r"(trainer|policy)\.r0\.\d") as caught:
+        plan_sync(sources, destinations)
+    assert key in str(caught.value)

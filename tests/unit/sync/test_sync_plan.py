@@ -2,73 +2,26 @@
 
 import os
 from collections import Counter
-from itertools import pairwise, product
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_cases import endpoint, halves, shard, whole, whole_vector
+from plan_cases import BYTES, endpoint, halves, models, shard, whole, whole_vector
 
+from chatlearn.errors import SyncError
 from chatlearn.parallel.sharding import Box
-from chatlearn.sync.plan import plan_sync, summarize_plan
+from chatlearn.sync.plan import check_sides, plan_sync, summarize_plan
 from chatlearn.sync.records import LINKS
 
 # `make test-long` tries many more.
 EXAMPLES = int(os.environ.get("CHATLEARN_TEST_EXAMPLES", "200"))
 NETWORK = LINKS.index("network")
-BYTES = {"float32": 4, "bfloat16": 2}
-
-
-def grid(shape, cuts):
-    """Boxes of a tensor that is cut at the given places of each axis."""
-    axes = []
-    for length, places in zip(shape, cuts, strict=True):
-        edges = sorted({0, length, *(place % length for place in places)})
-        axes.append([(a, b - a) for a, b in pairwise(edges)])
-    for combination in product(*axes):
-        yield tuple(a for a, _ in combination), tuple(n for _, n in combination)
 
 
 def elements(box):
     starts = zip(box.offset, box.shape, strict=True)
     return set(product(*(range(at, at + length) for at, length in starts)))
-
-
-@st.composite
-def models(draw, max_copies=3):
-    """Source and destination ranks that cut the same tensors at random places.
-
-    A source has data-parallel copies, a destination replicas; ranks lie on random nodes, in
-    processes and on devices that some of them share.
-    """
-    shapes = draw(st.lists(st.lists(st.integers(1, 6), max_size=3), min_size=1, max_size=3))
-    sides = []
-    for name, is_source in (("trainer", True), ("policy", False)):
-        num_ranks = draw(st.integers(1, 4))
-        dtypes = [draw(st.sampled_from(sorted(BYTES))) for _ in shapes]
-        held = [[] for _ in range(num_ranks)]
-        for number, shape in enumerate(shapes):
-            cuts = [draw(st.lists(st.integers(0, 5), max_size=2)) for _ in shape]
-            for offset, size in grid(shape, cuts):
-                piece = shard(f"w{number}", shape, offset, size, dtype=dtypes[number])
-                held[draw(st.integers(0, num_ranks - 1))].append(piece)
-        ranks = []
-        for copy in range(draw(st.integers(1, max_copies))):
-            for rank, own in enumerate(held):
-                place = draw(st.integers(0, 5))
-                ranks.append(
-                    endpoint(
-                        name,
-                        rank + copy * num_ranks * is_source,
-                        own,
-                        replica=0 if is_source else copy,
-                        node=f"n{draw(st.integers(0, 3))}",
-                        process=place,
-                        device=draw(st.sampled_from(["", f"d{place % 2}"])),
-                    )
-                )
-        sides.append(ranks)
-    return sides
 
 
 def holders_by_element(endpoints):
@@ -351,6 +304,31 @@ def test_the_narrower_dtype_is_on_the_wire(given_dtype, taken):
     assert (plan.num_bytes, plan.buckets[0].dtype) == (8, "bfloat16")
 
 
+def vector_of(name, dtype, node="n0", replica=0):
+    held = shard("w", (4,), (0,), (4,), dtype=dtype)
+    return endpoint(name, 0, [held], node=node, replica=replica)
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "taken"), [("float16", "bfloat16"), ("float8_e4m3fn", "float8_e5m2")]
+)
+def test_of_equally_wide_dtypes_the_destinations_is_on_the_wire(given_dtype, taken):
+    takers = [vector_of("policy", taken, f"n{replica}", replica) for replica in (1, 2)]
+    plan = plan_sync([vector_of("trainer", given_dtype)], takers)
+    assert {bucket.dtype for bucket in plan.buckets} == {taken}
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "taken"),
+    [("float32", "int8"), ("int64", "float64"), ("int64", "int8"), ("int8", "uint8")]
+    + [("bool", "uint8"), ("float32", "bool")],
+)
+def test_dtypes_of_different_kinds_are_refused_by_name(given_dtype, taken):
+    message = rf"w: trainer has the dtype {given_dtype}, policy.r0.0 {taken}: .* give both"
+    with pytest.raises(SyncError, match=message):
+        plan_sync([vector_of("trainer", given_dtype)], [vector_of("policy", taken)])
+
+
 def test_frozen_tensors_are_left_out_where_every_holder_says_so():
     shards = [shard(key, (2,), (0,), (2,)) for key in ("a", "b")]
     names = [piece.local_name for piece in shards]
@@ -363,10 +341,33 @@ def test_frozen_tensors_are_left_out_where_every_holder_says_so():
     assert plan_sync(sources, [endpoint("policy", 0, shards)]).skipped_keys == ()
 
 
-def test_tensors_that_the_destination_lacks_are_left_out_and_named():
-    extra = shard("head", (2,), (0,), (2,))
-    source = endpoint("trainer", 0, [*whole("trainer").shards, extra])
-    plan = plan_sync([source], [whole("policy")])
+def with_head():
+    return endpoint("trainer", 0, [*whole("trainer").shards, shard("head", (2,), (0,), (2,))])
+
+
+def test_a_tensor_that_the_destination_lacks_is_refused_by_name():
+    message = (
+        r"policy has no place for head of trainer.r0.0: both models .* left_out_weights of policy"
+    )
+    with pytest.raises(SyncError, match=message):
+        plan_sync([with_head()], [whole("policy")])
+    with pytest.raises(SyncError, match=message):
+        plan_sync([with_head()], [whole("policy")], left_out=("body", "hea", "*.head"))
+    with pytest.raises(SyncError, match=message):
+        check_sides([with_head()], [whole("policy")])
+
+
+def test_patterns_are_given_as_a_tuple():
+    with pytest.raises(
+        SyncError, match=r"left_out_weights of policy's module is the text 'head\*'"
+    ):
+        plan_sync([with_head()], [whole("policy")], left_out="head*")
+
+
+@pytest.mark.parametrize("pattern", ["head", "he*"])
+def test_tensors_that_the_destination_does_without_are_named(pattern):
+    plan = plan_sync([with_head()], [whole("policy")], left_out=(pattern,))
+    check_sides([with_head()], [whole("policy")], left_out=(pattern,))
     assert plan.unused_keys == ("head",)
     assert dict(summarize_plan(plan)) == {
         "buckets": "1",
