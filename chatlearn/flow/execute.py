@@ -94,8 +94,8 @@ class FlowSettings:
     """How a flow is cut into calls.
 
     Attributes:
-        batch_sizes: rows of one call, by model; None or absent: a share for each lane, of the tokens
-            that are known, else of the rows.
+        batch_sizes: rows of one call, by model; None or absent: a share for each lane, of the
+            tokens that are known, else of the rows.
         train_limits: of one micro-batch of a training call.
         is_deterministic: compose batches by row id, not by arrival.
         iteration: what modules get as `iteration` in training calls.
