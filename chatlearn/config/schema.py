@@ -277,8 +277,8 @@ class RuntimeConfig(_Section):
     )
     train_micro_batch_tokens: Positive | None = Field(
         default=None,
-        description="most tokens of one forward-backward pass on one rank (a prompt that its "
-        "samples share counts once; a longer row passes alone); unset: `train_micro_batch_size` "
+        description="most tokens of one forward-backward pass on one rank (a prompt counts once "
+        "where the model shares it among samples; a longer row passes alone); unset: `train_micro_batch_size` "
         "decides",
     )
     train_global_batch_size: Positive | None = Field(

@@ -1,7 +1,7 @@
 """Which rows of a global batch go to which data-parallel lane and micro-batch. Pure.
 
 Lanes and micro-batches are balanced by tokens. Rows of one prompt stay together where that keeps
-the balance, since a model computes a prompt once for the rows that it sees side by side.
+the balance, since most models compute a prompt once for the rows that they see side by side.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ def measure_loads(columns: Mapping[str, Sequence[Any]]) -> tuple[RowLoad, ...]:
     count = len(lengths[names[0]])
     prompts = lengths.pop("prompt_token_ids", [0] * count)
     rest = [sum(parts) for parts in zip(*lengths.values(), strict=True)] or [0] * count
-    return tuple(map(RowLoad, prompts, rest))
+    copies = max(1, len(lengths))
+    return tuple(RowLoad(*pair, copies) for pair in zip(prompts, rest, strict=True))
 
 
 def merge_loads(loads: Iterable[RowLoad]) -> RowLoad:
     """The load of one row whose columns lie in several places."""
-    prompt = response = 0
-    for load in loads:
-        prompt, response = max(prompt, load.prompt), max(response, load.response)
-    return RowLoad(prompt, response)
+    found = list(loads)
+    return RowLoad(*map(max, zip(*found, strict=True))) if found else RowLoad()
 
 
 def count_tokens(row_ids: Iterable[RowId], loads: Mapping[RowId, RowLoad]) -> int:
@@ -54,6 +53,8 @@ def cut_batch(
     dp_size: int,
     limits: Limits,
     loads: Mapping[RowId, RowLoad] | None = None,
+    *,
+    shares_prompts: bool = True,
 ) -> tuple[tuple[tuple[RowId, ...], ...], ...]:
     """Cut a global batch to data-parallel lanes, and each lane's rows to micro-batches.
 
@@ -67,11 +68,15 @@ def cut_batch(
         dp_size: lanes.
         limits: of a micro-batch; a row that is longer than the limit is one by itself.
         loads: tokens by row; a row without any counts as one token.
+        shares_prompts: the model computes a prompt once for the rows of a micro-batch.
 
     Returns:
         For each lane its micro-batches; each row occurs exactly once.
     """
-    rows = [Row.of(at, row_id, loads or {}) for at, row_id in enumerate(row_ids)]
+    loads = loads or {}
+    if not shares_prompts:
+        loads = {row_id: load.unshared for row_id, load in loads.items()}
+    rows = [Row.of(at, row_id, loads) for at, row_id in enumerate(row_ids)]
     pieces = [_largest_first(lane) for lane in spread_rows(rows, dp_size, limits)]
     lanes = [sorted(row for piece in own for row in piece) for own in pieces]
     tight = [_pack(own, _fewest(own, limits), limits) for own in pieces]

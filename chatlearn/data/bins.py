@@ -17,11 +17,18 @@ __all__ = ["Bin", "Limits", "Row", "RowLoad", "cost_of", "group_rows", "is_withi
 class RowLoad(NamedTuple):
     """Tokens of one row: those of its prompt, and those of what follows it.
 
-    A preference pair has both of its responses in `response`.
+    A preference pair has both of its responses in `response`, and `copies` of 2: so often a model
+    computes the prompt that does not compute it once for all.
     """
 
     prompt: int = 0
     response: int = 0
+    copies: int = 1
+
+    @property
+    def unshared(self) -> RowLoad:
+        """The same load for a model that computes each prompt with each response."""
+        return RowLoad(0, self.prompt * self.copies + self.response)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,13 @@ def test_dropout_keeps_prompts_apart(ranks):
     assert num_tokens == sum(sum(map(len, row.values())) - 1 for row in rows)
 
 
+def test_a_token_budget_holds_whether_a_model_shares_prompts_or_not(ranks):
+    shared = ranks.run(1, cases.pack_within, {}, 40)[0]
+    apart = ranks.run(1, cases.pack_within, {"hidden_dropout": 0.1}, 40)[0]
+    assert max(*shared, *apart) <= 40
+    assert len(shared) < len(apart)
+
+
 def test_large_logits_are_made_in_chunks_with_the_same_result(ranks):
     whole = ranks.run(1, cases.train_groups, {}, ALL)[0]
     chunked = ranks.run(1, cases.train_in_logit_chunks, {}, ALL)[0]

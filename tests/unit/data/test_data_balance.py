@@ -40,6 +40,11 @@ def long_tailed(seed, num_prompts, per_prompt, sigma, prompt=0.0):
     return loads
 
 
+def length(load):
+    """Tokens of a row by itself."""
+    return load.prompt + load.response
+
+
 def lane_tokens(cut, loads):
     """Tokens that each lane computes, micro-batch after micro-batch."""
     return [sum(count_tokens(part, loads) for part in lane) for lane in cut]
@@ -69,7 +74,7 @@ def cost_beyond(cut, loads):
     """Tokens that giving a row of the fullest lane to the emptiest would cost, at least."""
     tokens = lane_tokens(cut, loads)
     fullest = cut[tokens.index(max(tokens))]
-    return min(sum(loads[row]) for part in fullest for row in part)
+    return min(length(loads[row]) for part in fullest for row in part)
 
 
 ROW_LOADS = st.dictionaries(
@@ -116,7 +121,7 @@ def test_lanes_are_within_5_per_cent_where_samples_share_prompts(seed, lanes, pe
     limits = Limits(tokens=4096)
     tokens = lane_tokens(cut_batch(list(loads), lanes, limits, loads), loads)
     mean = sum(tokens) / lanes
-    assume(max(map(sum, loads.values())) <= mean)
+    assume(max(map(length, loads.values())) <= mean)
     assert max(tokens) <= 1.05 * mean
     # Few prompts are computed on two lanes.
     alone = lane_tokens(cut_batch(list(loads), 1, limits, loads), loads)
@@ -148,7 +153,7 @@ def test_micro_batches_of_long_prompts_sum_up_to_even_lanes(lanes, per_prompt, l
         loads = long_tailed(seed, -(-lanes * 32 // per_prompt), per_prompt, 0.8, prompt=2000.0)
         cut = cut_batch(list(loads), lanes, limits, loads)
         tokens = lane_tokens(cut, loads)
-        assert max(map(sum, loads.values())) <= sum(tokens) / lanes
+        assert max(map(length, loads.values())) <= sum(tokens) / lanes
         is_even = max(tokens) <= 1.05 * sum(tokens) / lanes
         # Of four prompts on two lanes a part of any costs more than the lanes differ by.
         is_beyond = lanes == 2 and max(tokens) - min(tokens) <= cost_beyond(cut, loads)
@@ -227,6 +232,18 @@ def test_different_beginnings_of_one_prompts_samples_are_not_shared():
     assert count_tokens(loads, loads) == 10 + 1 + 2 + 7 + 1
 
 
+def test_a_model_that_shares_no_prompts_computes_one_with_every_response():
+    loads = samples(num_prompts=1, per_prompt=8, prompt=1000, response=10)
+    limits = Limits(tokens=2100)
+    cut = cut_batch(list(loads), 2, limits, loads, shares_prompts=False)
+    assert [[len(part) for part in lane] for lane in cut] == [[2, 2], [2, 2]]
+    pairs = {row: load._replace(copies=2) for row, load in loads.items()}
+    (lane,) = cut_batch(list(pairs), 1, limits, pairs, shares_prompts=False)
+    assert [len(part) for part in lane] == [1] * 8
+    ((part,),) = cut_batch(list(pairs), 1, limits, pairs)
+    assert len(part) == 8
+
+
 def test_a_row_without_tokens_counts_as_one():
     assert count_tokens(ids(0, 1), {RowId(0, 0): RowLoad(0, 0)}) == 2
 
@@ -246,7 +263,7 @@ def test_a_row_without_tokens_counts_as_one():
                 "chosen_token_ids": [[1, 2]],
                 "rejected_token_ids": [[1, 2, 3]],
             },
-            (RowLoad(1, 5),),
+            (RowLoad(1, 5, 2),),
         ),
         ({"response_token_ids": [7]}, (RowLoad(0, 0),)),
     ],
