@@ -47,12 +47,21 @@ def build_packing_options(
 def shares_prompts(transformer: Any, *, is_trained: bool) -> bool:
     """Whether a token's result depends on its own past only, so that samples may share it.
 
-    Dropout would be the same for all that share a prompt; a load-balancing loss or a capacity of
-    experts counts tokens.
+    Dropout would be the same for all that share a prompt. A capacity of experts counts tokens
+    always; losses over experts do so only where something is learned. A selection bias balances
+    the tokens that experts compute, and a shared prompt is computed once.
+
+    Args:
+        transformer: Megatron's configuration of the network.
+        is_trained: dropout is on, and losses over experts are there.
     """
+    if transformer.num_moe_experts and transformer.moe_expert_capacity_factor is not None:
+        return False
+    if not is_trained:
+        return True
     has_dropout = max(transformer.hidden_dropout, transformer.attention_dropout) > 0
-    counts_tokens = bool(transformer.num_moe_experts) and (
+    has_expert_loss = bool(transformer.num_moe_experts) and (
         transformer.moe_router_load_balancing_type != "none"
-        or transformer.moe_expert_capacity_factor is not None
+        or transformer.moe_z_loss_coeff is not None
     )
-    return not (is_trained and has_dropout) and not counts_tokens
+    return not has_dropout and not has_expert_loss

@@ -20,6 +20,7 @@ from megatron_adapters import (
     ValueInference,
     ValueTrainer,
 )
+from megatron_adapters.batches import Rows
 from megatron_adapters.model_building import unwrap
 
 SHAPE = {
@@ -170,6 +171,16 @@ def train_groups(rank, fields, micro_batch_size, kind="sft"):
     gradients = [p.main_grad.flatten().clone() for c in module.model for p in c.parameters()]
     num_tokens = sum(b.num_stream_tokens for b in module.pack_responses(data))
     return found["loss"], found["grad_norm"], torch.cat(gradients), num_tokens
+
+
+def shares_prompts(rank, fields, kind):
+    """Whether a model computes a prompt once for its samples: what it says, and what it packs."""
+    module = build_module(rank, kind, fields)
+    rows = Rows(*([row[key] for row in make_groups()] for key in SFT))
+    num_rows = sum(len(p) + len(r) - 1 for p, r in zip(rows.prompts, rows.responses, strict=True))
+    (batch,) = module.pack([rows])
+    assert module.shares_prompts is (batch.num_stream_tokens < num_rows)
+    return module.shares_prompts
 
 
 def pack_within(rank, fields, num_tokens):
