@@ -8,14 +8,14 @@ from megatron_adapters.model_config import MegatronSettings
 from megatron_adapters.packing import PackingOptions
 from megatron_adapters.parallel_state import ParallelGroups
 
-__all__ = ["build_packing_options"]
+__all__ = ["build_packing_options", "shares_prompts"]
 
 
 def build_packing_options(
     settings: MegatronSettings,
     groups: ParallelGroups,
     *,
-    is_trained: bool,
+    shares_prompts: bool,
     reads_last: bool,
     device: torch.device,
 ) -> PackingOptions:
@@ -24,7 +24,7 @@ def build_packing_options(
     Args:
         settings: Megatron's configuration objects.
         groups: of this rank.
-        is_trained: dropout is on.
+        shares_prompts: see the function of this name.
         reads_last: the head is read at each row's last token.
         device: where the model lives.
     """
@@ -34,7 +34,7 @@ def build_packing_options(
         max_length=settings.shape.max_sequence_length,
         multiple=layout.tp_size if transformer.sequence_parallel else 1,
         is_uniform=layout.pp_size > 1,
-        shares_prompts=_shares_prompts(transformer, is_trained=is_trained),
+        shares_prompts=shares_prompts,
         reads_last=reads_last,
         context_size=layout.cp_size,
         context_rank=groups.coordinates.cp_rank,
@@ -44,15 +44,24 @@ def build_packing_options(
     )
 
 
-def _shares_prompts(transformer: Any, *, is_trained: bool) -> bool:
+def shares_prompts(transformer: Any, *, is_trained: bool) -> bool:
     """Whether a token's result depends on its own past only, so that samples may share it.
 
-    Dropout would be the same for all that share a prompt; a load-balancing loss or a capacity of
-    experts counts tokens.
+    Dropout would be the same for all that share a prompt. A capacity of experts counts tokens
+    always; losses over experts do so only where something is learned. A selection bias balances
+    the tokens that experts compute, and a shared prompt is computed once.
+
+    Args:
+        transformer: Megatron's configuration of the network.
+        is_trained: dropout is on, and losses over experts are there.
     """
+    if transformer.num_moe_experts and transformer.moe_expert_capacity_factor is not None:
+        return False
+    if not is_trained:
+        return True
     has_dropout = max(transformer.hidden_dropout, transformer.attention_dropout) > 0
-    counts_tokens = bool(transformer.num_moe_experts) and (
+    has_expert_loss = bool(transformer.num_moe_experts) and (
         transformer.moe_router_load_balancing_type != "none"
-        or transformer.moe_expert_capacity_factor is not None
+        or transformer.moe_z_loss_coeff is not None
     )
-    return not (is_trained and has_dropout) and not counts_tokens
+    return not has_dropout and not has_expert_loss

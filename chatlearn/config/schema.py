@@ -277,9 +277,9 @@ class RuntimeConfig(_Section):
     )
     train_micro_batch_tokens: Positive | None = Field(
         default=None,
-        description="most tokens of one forward-backward pass on one rank (a prompt that its "
-        "samples share counts once; a longer row passes alone); unset: `train_micro_batch_size` "
-        "decides",
+        description="most tokens of one forward-backward pass on one rank (a prompt counts once "
+        "where the model shares it among samples; a longer row passes alone); unset: "
+        "`train_micro_batch_size` decides",
     )
     train_global_batch_size: Positive | None = Field(
         default=None, description="rows of one update; unset: all rows of the episode"

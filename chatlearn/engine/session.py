@@ -121,6 +121,7 @@ class Session:
         return FlowSettings(
             batch_sizes={name: self._batch_size(name) for name in self.groups},
             train_limits=_train_limits(runtime),
+            prompt_sharers=frozenset(n for n, info in self.infos.items() if info.shares_prompts),
             is_deterministic=runtime.deterministic,
             iteration=iteration,
             num_batches=num_batches,

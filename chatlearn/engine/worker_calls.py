@@ -41,9 +41,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """What the engine asks a module once, after setup."""
+    """What the engine asks a module once, after setup; see the attributes of `BaseModule`."""
 
     needs_whole_episode: bool
+    shares_prompts: bool
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def set_up_module(
     module.setup()
     if module_args.load is not None:
         module.load_checkpoint(module_args.load)
-    return ModuleInfo(needs_whole_episode=bool(module.needs_whole_episode))
+    return ModuleInfo(bool(module.needs_whole_episode), bool(module.shares_prompts))
 
 
 def build_datasets(

@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatlearn.data.balance import Limits, RowLoad, cut_batch, merge_loads
+from chatlearn.data.balance import Limits, RowLoad, cut_batch
 from chatlearn.flow.graph import ROOT
 from chatlearn.flow.node_queue import NodeQueue
-from chatlearn.flow.stage import StageCall, StageInput, TrainCall, run_stage, run_train
+from chatlearn.flow.sources import RowSource, RowSources
+from chatlearn.flow.stage import StageCall, TrainCall, run_stage, run_train
 
 if TYPE_CHECKING:
     from chatlearn.data.rows import RowId
@@ -32,35 +33,6 @@ logger = logging.getLogger(__name__)
 __all__ = ["FlowRun", "FlowSettings", "RowSource", "StageRecord"]
 
 TRAIN_METHOD = "train_step"
-
-
-@dataclass(frozen=True)
-class RowSource:
-    """Where a row's values lie.
-
-    Attributes:
-        producer: name of what made them.
-        batch: handle on the batch that holds them.
-        load: tokens of the row in that batch.
-    """
-
-    producer: str
-    batch: RemoteValue
-    load: RowLoad = RowLoad()
-
-    @classmethod
-    def of_rows(
-        cls,
-        producer: str,
-        batch: RemoteValue,
-        row_ids: Sequence[RowId],
-        loads: Sequence[RowLoad],
-    ) -> dict[RowId, RowSource]:
-        """The rows of one batch; `loads` may be empty."""
-        if not loads:
-            return dict.fromkeys(row_ids, cls(producer, batch))
-        pairs = zip(row_ids, loads, strict=True)
-        return {row_id: cls(producer, batch, load) for row_id, load in pairs}
 
 
 @dataclass(frozen=True)
@@ -97,6 +69,7 @@ class FlowSettings:
         batch_sizes: rows of one call, by model; None or absent: a share for each lane, of the
             tokens that are known, else of the rows.
         train_limits: of one micro-batch of a training call.
+        prompt_sharers: models that compute a prompt once for the rows of one micro-batch.
         is_deterministic: compose batches by row id, not by arrival.
         iteration: what modules get as `iteration` in training calls.
         num_batches: global batches that the episode trains on, all epochs together.
@@ -104,6 +77,7 @@ class FlowSettings:
 
     batch_sizes: Mapping[str, int | None]
     train_limits: Limits = Limits(rows=1)
+    prompt_sharers: frozenset[str] = frozenset()
     is_deterministic: bool = False
     iteration: int = 0
     num_batches: int = 1
@@ -139,7 +113,7 @@ class FlowRun:
         self._settings = settings
         self._on_row = on_row
         self._on_stage = on_stage
-        self._sources: list[dict[RowId, RowSource]] = [{} for _ in graph.nodes]
+        self._sources = RowSources(rows, len(graph.nodes))
         self._samples_per_prompt = max(Counter(row.prompt for row in rows).values(), default=1)
         self._queues = [self._build_queue(node) for node in graph.nodes]
         self._returned = graph.returned_nodes()
@@ -206,10 +180,11 @@ class FlowRun:
 
         A prompt that has no response yet says nothing of the work to come.
         """
-        loads = self._loads(node, row_ids)
+        loads = self._sources.loads(node, row_ids)
         if not any(load.response for load in loads.values()):
             return []
-        cut = cut_batch(row_ids, num_lanes, Limits(), loads)
+        is_shared = node.model_name in self._settings.prompt_sharers
+        cut = cut_batch(row_ids, num_lanes, Limits(), loads, shares_prompts=is_shared)
         return [rows for lane in cut for rows in lane if rows]
 
     def _dispatch_micro_batches(self, node: FlowNode, queue: NodeQueue) -> None:
@@ -227,7 +202,7 @@ class FlowRun:
             call = StageCall(
                 node.method_name,
                 row_ids,
-                self._inputs(node, row_ids),
+                self._sources.inputs(node, row_ids),
                 iteration,
                 node.constants,
                 self._graph.is_used(node.index),
@@ -282,8 +257,11 @@ class FlowRun:
     def train_calls(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[TrainCall, ...]:
         """The training calls of one global batch, one for each lane of the node's model."""
         lanes = self._pool.lanes(node.model_name)
-        loads = self._loads(node, row_ids)
-        cut = cut_batch(row_ids, len(lanes), self._settings.train_limits, loads)
+        loads = self._sources.loads(node, row_ids)
+        is_shared = node.model_name in self._settings.prompt_sharers
+        cut = cut_batch(
+            row_ids, len(lanes), self._settings.train_limits, loads, shares_prompts=is_shared
+        )
         num_calls = sum(
             other.model_name == node.model_name and other.method_name == TRAIN_METHOD
             for other in self._graph.nodes
@@ -292,7 +270,9 @@ class FlowRun:
             TrainCall(
                 node.method_name,
                 micro_batches,
-                self._inputs(node, [r for ids in micro_batches for r in ids] or row_ids[:1]),
+                self._sources.inputs(
+                    node, [r for ids in micro_batches for r in ids] or row_ids[:1]
+                ),
                 self._settings.iteration,
                 row_ids[0],
                 node.constants,
@@ -300,32 +280,6 @@ class FlowRun:
             )
             for micro_batches in cut
         )
-
-    def _loads(self, node: FlowNode, row_ids: Sequence[RowId]) -> dict[RowId, RowLoad]:
-        return {
-            row_id: merge_loads(source.load for _, source in self._row_sources(node, row_id))
-            for row_id in row_ids
-        }
-
-    def _inputs(self, node: FlowNode, row_ids: Sequence[RowId]) -> tuple[StageInput, ...]:
-        batches: dict[tuple[int, str], dict[int, RemoteValue]] = {}
-        for row_id in row_ids:
-            for index, source in self._row_sources(node, row_id):
-                key = (index, source.producer)
-                batches.setdefault(key, {})[id(source.batch)] = source.batch
-        return tuple(
-            StageInput(producer, tuple(batches[index, producer].values()))
-            for index, producer in sorted(batches, key=lambda key: node.inputs.index(key[0]))
-        )
-
-    def _row_sources(self, node: FlowNode, row_id: RowId) -> Iterator[tuple[int, RowSource]]:
-        """Where a node's inputs for one row lie, with the index of what made each."""
-        for index in dict.fromkeys(node.inputs):
-            if index != ROOT:
-                yield index, self._sources[index][row_id]
-                continue
-            for source in self._rows[row_id]:
-                yield index, source
 
     def _finish_rows(
         self,
@@ -335,7 +289,7 @@ class FlowRun:
         loads: Sequence[RowLoad],
     ) -> None:
         name = f"{node.model_name}.{node.method_name}#{node.index}"
-        self._sources[node.index].update(RowSource.of_rows(name, batch, row_ids, loads))
+        self._sources.made[node.index].update(RowSource.of_rows(name, batch, row_ids, loads))
         self._queues[node.index].finish(len(row_ids))
         for consumer, queue in zip(self._graph.nodes, self._queues, strict=True):
             if node.index in consumer.inputs:
@@ -348,7 +302,7 @@ class FlowRun:
             self._outputs_missing[row_id] -= self._graph.outputs.count(node_index)
             if self._outputs_missing[row_id] == 0:
                 outputs = dict.fromkeys(self._graph.outputs)
-                self._on_row(row_id, tuple(self._sources[index][row_id] for index in outputs))
+                self._on_row(row_id, tuple(self._sources.made[index][row_id] for index in outputs))
 
     def _record(
         self, node: FlowNode, lane: str, report: StageReport, row_ids: Sequence[RowId]

@@ -60,11 +60,10 @@ class CompletedConfig:
 class BaseModule:
     """One model of a flow.
 
-    Users override `setup`, `forward_step`, `train_step`, `eval_step`, `build_dataset`,
-    `save_checkpoint`, `before_episode`, `after_episode`, or add methods of their own and call
-    them in a flow. A method that a flow calls may also take `iteration`, and options that the
-    flow gives by keyword. A plain module holds any torch model in `self.model` and, if it
-    trains, the optimizer in `self.optimizer`.
+    Users override `setup`, `forward_step`, `train_step`, `eval_step`, `build_dataset`, hooks such
+    as `before_episode`, or add methods of their own and call them in a flow. A method that a flow
+    calls may also take `iteration`, and options that the flow gives by keyword. A plain module
+    holds any torch model in `self.model` and, if it trains, the optimizer in `self.optimizer`.
 
     Attributes:
         name: the model's name in flows, config and messages.
@@ -81,6 +80,7 @@ class BaseModule:
         needs_whole_episode: a trainer that sets this is shown all of an episode's batches, by
             `prepare_episode`, before its first update (see `wants_whole_episode`).
         guards_updates: the module looks at its numbers before an update (`report_fault`).
+        shares_prompts: a micro-batch computes a prompt once; tokens count so. Read after `setup`.
         weight_naming: what the names in `weight_shards` are: `state_dict`, the model's own names;
             `huggingface`, for a `transformers` model in `self.model`, so that a model with
             another naming can sync with it. A backend has its own.
@@ -90,6 +90,7 @@ class BaseModule:
 
     needs_whole_episode: bool = False
     guards_updates: bool = False
+    shares_prompts: bool = False
     weight_naming: str = "state_dict"
     left_out_weights: tuple[str, ...] = ()
 

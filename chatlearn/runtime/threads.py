@@ -8,17 +8,29 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from chatlearn.runtime.placement import PlacementPlan, WorkerPlace
 
-__all__ = ["ThreadShare", "count_cores", "given_threads", "plan_thread_shares"]
+__all__ = ["GroupDemand", "ThreadShare", "count_cores", "given_threads", "plan_thread_shares"]
 
 _VARIABLE = "OMP_NUM_THREADS"
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+class GroupDemand(NamedTuple):
+    """What one colocation group asks of a node; its models take turns.
+
+    Attributes:
+        num_ranks: most ranks that share the cores evenly.
+        num_cpus: most cores that a CPU-only model asked for, all its ranks on the node together.
+    """
+
+    num_ranks: int = 0
+    num_cpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,12 @@ class ThreadShare:
     """A worker's part of its node's cores.
 
     Attributes:
-        num_busy: ranks that may work on the node at the same time, this one included.
-        num_cpus: cores that a CPU-only model asked for; None: an even share.
+        demands: of all groups on the node, the worker's own included.
+        num_cpus: cores that a CPU-only model asked for; None: an even share of the rest.
         given: what the user set; it wins.
     """
 
-    num_busy: int = 1
+    demands: tuple[GroupDemand, ...] = (GroupDemand(1),)
     num_cpus: int | None = None
     given: int | None = None
 
@@ -41,7 +53,11 @@ class ThreadShare:
             return self.given
         if self.num_cpus is not None:
             return max(1, min(self.num_cpus, cores))
-        return max(1, cores // self.num_busy)
+        return max((share for share in range(1, cores + 1) if self._fits(share, cores)), default=1)
+
+    def _fits(self, share: int, cores: int) -> bool:
+        """Whether all groups can work at once where each even share is so large."""
+        return sum(max(ranks * share, cpus) for ranks, cpus in self.demands) <= cores
 
 
 def plan_thread_shares(
@@ -54,15 +70,26 @@ def plan_thread_shares(
         given: threads that the user set for every worker.
     """
     nodes = {place: _node_of(plan, place) for place in plan.places}
-    ranks: dict[tuple[int, int], dict[str, int]] = {}
+    models: dict[int, dict[int, dict[str, GroupDemand]]] = {}
     for place, node in nodes.items():
-        by_model = ranks.setdefault((node, place.group), {})
-        by_model[place.model_name] = by_model.get(place.model_name, 0) + 1
-    busy: dict[int, int] = {}
-    for (node, _), by_model in ranks.items():
-        busy[node] = busy.get(node, 0) + max(by_model.values())
+        by_model = models.setdefault(node, {}).setdefault(place.group, {})
+        ranks, cpus = by_model.get(place.model_name, GroupDemand())
+        by_model[place.model_name] = (
+            GroupDemand(ranks, cpus + int(place.num_cpus))
+            if place.slot is None
+            else GroupDemand(ranks + 1, cpus)
+        )
+    demands = {
+        node: tuple(
+            GroupDemand(*map(max, zip(*by_model.values(), strict=True)))
+            for by_model in groups.values()
+        )
+        for node, groups in models.items()
+    }
     return {
-        place: ThreadShare(busy[node], int(place.num_cpus) if place.slot is None else None, given)
+        place: ThreadShare(
+            demands[node], int(place.num_cpus) if place.slot is None else None, given
+        )
         for place, node in nodes.items()
     }
 

@@ -15,7 +15,7 @@ from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import build_settings
 from megatron_adapters.modules.saved import SavedModule
 from megatron_adapters.packing import PackedBatch, PackingOptions, pack_micro_batches
-from megatron_adapters.packing_options import build_packing_options
+from megatron_adapters.packing_options import build_packing_options, shares_prompts
 from megatron_adapters.parallel_state import (
     ParallelGroups,
     initialize_parallel_state,
@@ -70,6 +70,7 @@ class MegatronModule(SavedModule):
             # The adapted layers are our own.
             self.settings = replace(self.settings, use_te=False)
         self.groups = read_groups(self.layout)
+        self.shares_prompts = shares_prompts(self.settings.transformer, is_trained=self.is_trained)
 
     def setup(self) -> None:
         """Build the model with its initial values, which depend on the seed only."""
@@ -135,7 +136,7 @@ class MegatronModule(SavedModule):
         return build_packing_options(
             self.settings,
             self.groups,
-            is_trained=self.is_trained,
+            shares_prompts=self.shares_prompts,
             reads_last=self.reads_last,
             device=self.device,
         )

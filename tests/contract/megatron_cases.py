@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from chatlearn.config import load_config
-from chatlearn.data.balance import Limits, cut_batch
+from chatlearn.data.balance import Limits, cut_batch, measure_loads
 from chatlearn.data.rows import RowId
 from chatlearn.parallel.context import WorkerContext
 from chatlearn.parallel.layout import ParallelLayout
@@ -20,6 +20,7 @@ from megatron_adapters import (
     ValueInference,
     ValueTrainer,
 )
+from megatron_adapters.batches import Rows
 from megatron_adapters.model_building import unwrap
 
 SHAPE = {
@@ -170,6 +171,30 @@ def train_groups(rank, fields, micro_batch_size, kind="sft"):
     gradients = [p.main_grad.flatten().clone() for c in module.model for p in c.parameters()]
     num_tokens = sum(b.num_stream_tokens for b in module.pack_responses(data))
     return found["loss"], found["grad_norm"], torch.cat(gradients), num_tokens
+
+
+def shares_prompts(rank, fields, kind):
+    """Whether a model computes a prompt once for its samples: what it says, and what it packs."""
+    module = build_module(rank, kind, fields)
+    rows = Rows(*([row[key] for row in make_groups()] for key in SFT))
+    num_rows = sum(len(p) + len(r) - 1 for p, r in zip(rows.prompts, rows.responses, strict=True))
+    (batch,) = module.pack([rows])
+    assert module.shares_prompts is (batch.num_stream_tokens < num_rows)
+    return module.shares_prompts
+
+
+def pack_within(rank, fields, num_tokens):
+    """Tokens of the micro-batches that a budget of tokens makes of rows that share prompts."""
+    module = build_module(rank, "trainer", fields)
+    rows = make_groups()
+    ids = [RowId(*divmod(at, 4)) for at in range(len(rows))]
+    at = {row_id: number for number, row_id in enumerate(ids)}
+    columns = {key: [row[key] for row in rows] for key in SFT}
+    loads = dict(zip(ids, measure_loads(columns), strict=True))
+    limits = Limits(tokens=num_tokens)
+    (lane,) = cut_batch(ids, 1, limits, loads, shares_prompts=module.shares_prompts)
+    data = [{key: [rows[at[i]][key] for i in part] for key in SFT} for part in lane]
+    return [batch.num_stream_tokens for batch in module.pack_responses(data)]
 
 
 def train_in_logit_chunks(rank, fields, micro_batch_size):

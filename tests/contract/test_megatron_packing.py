@@ -64,6 +64,48 @@ def test_dropout_keeps_prompts_apart(ranks):
     assert num_tokens == sum(sum(map(len, row.values())) - 1 for row in rows)
 
 
+def test_a_token_budget_holds_whether_a_model_shares_prompts_or_not(ranks):
+    shared = ranks.run(1, cases.pack_within, {}, 40)[0]
+    apart = ranks.run(1, cases.pack_within, {"hidden_dropout": 0.1}, 40)[0]
+    assert max(*shared, *apart) <= 40
+    assert len(shared) < len(apart)
+
+
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_aux_loss_coeff": 2.0,
+    "moe_router_load_balancing_type": "aux_loss",
+}
+
+
+@pytest.mark.parametrize("kind", ["reference", "critic", "reward"])
+def test_a_model_with_experts_shares_prompts_in_scoring_with_equal_scores(ranks, kind):
+    assert ranks.run(1, cases.shares_prompts, EXPERTS, kind) == [True]
+    found = ranks.run(1, cases.score_groups, EXPERTS, kind)[0]
+    for together, alone in found:
+        assert together == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "expected"),
+    [
+        (EXPERTS, "trainer", False),
+        ({**EXPERTS, "moe_router_load_balancing_type": "none"}, "trainer", True),
+        (
+            {**EXPERTS, "moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.1},
+            "trainer",
+            False,
+        ),
+        ({**EXPERTS, "moe_expert_capacity_factor": 1.0}, "reference", False),
+        ({"hidden_dropout": 0.1}, "reference", True),
+    ],
+)
+def test_prompts_are_shared_where_nothing_counts_tokens(ranks, fields, kind, expected):
+    assert ranks.run(1, cases.shares_prompts, fields, kind) == [expected]
+
+
 def test_large_logits_are_made_in_chunks_with_the_same_result(ranks):
     whole = ranks.run(1, cases.train_groups, {}, ALL)[0]
     chunked = ranks.run(1, cases.train_in_logit_chunks, {}, ALL)[0]

@@ -57,6 +57,18 @@ def test_a_recipe_uses_all_its_devices_and_no_more(name, monkeypatch, capsys):
     assert f"the models ask for {count} GPUs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_micro_batch_has_room_for_the_samples_of_a_prompt(name):
+    config = load_config(ROOT / "configs" / name)
+    tokens = config.runtime.train_micro_batch_tokens
+    longest = config.models["policy_trainer"].megatron["max_sequence_length"]
+    assert tokens is not None
+    # Responses of half of their limit, after a prompt of as many tokens.
+    half = config.models["policy"].generation.max_new_tokens // 2
+    samples = config.runtime.num_samples_per_prompt
+    assert tokens >= max(longest, half * (1 + samples))
+
+
 @pytest.mark.parametrize("name", ["ppo_7b_8gpu.yaml", "ppo_70b_64gpu.yaml"])
 def test_a_recipe_takes_paths_from_the_environment(name, monkeypatch):
     monkeypatch.setenv("TRAIN_DATA", "/data/prompts.jsonl")

@@ -1,6 +1,7 @@
 """Global batches cut to lanes and micro-batches by tokens."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -39,8 +40,41 @@ def long_tailed(seed, num_prompts, per_prompt, sigma, prompt=0.0):
     return loads
 
 
+def length(load):
+    """Tokens of a row by itself."""
+    return load.prompt + load.response
+
+
 def lane_tokens(cut, loads):
-    return [count_tokens([row for part in lane for row in part], loads) for lane in cut]
+    """Tokens that each lane computes, micro-batch after micro-batch."""
+    return [sum(count_tokens(part, loads) for part in lane) for lane in cut]
+
+
+def least_of_the_fullest(loads, lanes):
+    """Tokens of the fullest lane, at least: a prompt of more is on several lanes, and in each."""
+    groups = {}
+    for row_id, load in loads.items():
+        groups.setdefault((row_id.prompt, load.prompt), []).append(load.response)
+    sizes = [(prompt, sum(responses)) for (_, prompt), responses in groups.items()]
+
+    def is_enough(tokens):
+        if any(prompt >= tokens for prompt, _ in sizes):
+            return False
+        parts = [max(1, -(-rest // (tokens - prompt))) for prompt, rest in sizes]
+        pairs = zip(parts, sizes, strict=True)
+        return sum(count * prompt + rest for count, (prompt, rest) in pairs) <= lanes * tokens
+
+    tokens = sum(map(sum, sizes)) // lanes
+    while not is_enough(tokens):
+        tokens += max(1, tokens // 500)
+    return tokens
+
+
+def cost_beyond(cut, loads):
+    """Tokens that giving a row of the fullest lane to the emptiest would cost, at least."""
+    tokens = lane_tokens(cut, loads)
+    fullest = cut[tokens.index(max(tokens))]
+    return min(length(loads[row]) for part in fullest for row in part)
 
 
 ROW_LOADS = st.dictionaries(
@@ -84,12 +118,63 @@ def test_lanes_are_within_5_per_cent_on_long_tailed_lengths(seed, lanes, per_lan
 @given(st.integers(0, 10**6), st.integers(2, 8), st.sampled_from([2, 4, 8, 16, 32]))
 def test_lanes_are_within_5_per_cent_where_samples_share_prompts(seed, lanes, per_prompt):
     loads = long_tailed(seed, lanes * 32 // per_prompt, per_prompt, 1.0, prompt=150.0)
-    tokens = lane_tokens(cut_batch(list(loads), lanes, Limits(tokens=4096), loads), loads)
+    limits = Limits(tokens=4096)
+    tokens = lane_tokens(cut_batch(list(loads), lanes, limits, loads), loads)
     mean = sum(tokens) / lanes
-    assume(max(map(sum, loads.values())) <= mean)
+    assume(max(map(length, loads.values())) <= mean)
     assert max(tokens) <= 1.05 * mean
     # Few prompts are computed on two lanes.
-    assert sum(tokens) <= 1.05 * count_tokens(loads, loads)
+    alone = lane_tokens(cut_batch(list(loads), 1, limits, loads), loads)
+    assert sum(tokens) <= 1.05 * sum(alone)
+
+
+PROMPTS = st.sampled_from([50.0, 300.0, 2000.0])
+SAMPLES = st.sampled_from([8, 16, 32])
+WIDE_LIMITS = st.sampled_from([Limits(), Limits(rows=8), Limits(tokens=2048), Limits(tokens=8192)])
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 15), SAMPLES, PROMPTS, WIDE_LIMITS)
+def test_lanes_are_even_where_another_lane_could_compute_a_prompt_too(
+    seed, lanes, per_prompt, prompt, limits
+):
+    loads = long_tailed(seed, -(-lanes * 32 // per_prompt), per_prompt, 1.0, prompt)
+    cut = cut_batch(list(loads), lanes, limits, loads)
+    tokens = lane_tokens(cut, loads)
+    is_even = max(tokens) <= 1.05 * sum(tokens) / lanes
+    assert is_even or max(tokens) - min(tokens) <= cost_beyond(cut, loads)
+
+
+@pytest.mark.parametrize("limits", [Limits(rows=8), Limits(tokens=2048), Limits(tokens=8192)])
+@pytest.mark.parametrize("per_prompt", [8, 16, 32])
+@pytest.mark.parametrize("lanes", [2, 5, 8, 15])
+def test_micro_batches_of_long_prompts_sum_up_to_even_lanes(lanes, per_prompt, limits):
+    for seed in range(3):
+        loads = long_tailed(seed, -(-lanes * 32 // per_prompt), per_prompt, 0.8, prompt=2000.0)
+        cut = cut_batch(list(loads), lanes, limits, loads)
+        tokens = lane_tokens(cut, loads)
+        assert max(map(length, loads.values())) <= sum(tokens) / lanes
+        is_even = max(tokens) <= 1.05 * sum(tokens) / lanes
+        # Of four prompts on two lanes a part of any costs more than the lanes differ by.
+        is_beyond = lanes == 2 and max(tokens) - min(tokens) <= cost_beyond(cut, loads)
+        assert is_even or is_beyond
+
+
+@pytest.mark.parametrize("prompt", [300.0, 2000.0])
+@pytest.mark.parametrize("per_prompt", [8, 16, 32])
+@pytest.mark.parametrize("lanes", [3, 6, 10, 15])
+def test_the_fullest_lane_without_limits_is_near_the_least_that_can_be(lanes, per_prompt, prompt):
+    for seed in range(3):
+        loads = long_tailed(seed, -(-lanes * 32 // per_prompt), per_prompt, 0.8, prompt)
+        tokens = lane_tokens(cut_batch(list(loads), lanes, Limits(), loads), loads)
+        assert max(tokens) <= 1.12 * least_of_the_fullest(loads, lanes)
+
+
+def test_a_large_batch_is_cut_in_well_under_a_second():
+    loads = long_tailed(0, 256, 16, 1.3, prompt=2000.0)
+    begin_s = time.process_time()
+    cut_batch(list(loads), 64, Limits(tokens=8192), loads)
+    assert time.process_time() - begin_s < 1.0
 
 
 @settings(deadline=None)
@@ -147,6 +232,18 @@ def test_different_beginnings_of_one_prompts_samples_are_not_shared():
     assert count_tokens(loads, loads) == 10 + 1 + 2 + 7 + 1
 
 
+def test_a_model_that_shares_no_prompts_computes_one_with_every_response():
+    loads = samples(num_prompts=1, per_prompt=8, prompt=1000, response=10)
+    limits = Limits(tokens=2100)
+    cut = cut_batch(list(loads), 2, limits, loads, shares_prompts=False)
+    assert [[len(part) for part in lane] for lane in cut] == [[2, 2], [2, 2]]
+    pairs = {row: load._replace(copies=2) for row, load in loads.items()}
+    (lane,) = cut_batch(list(pairs), 1, limits, pairs, shares_prompts=False)
+    assert [len(part) for part in lane] == [1] * 8
+    ((part,),) = cut_batch(list(pairs), 1, limits, pairs)
+    assert len(part) == 8
+
+
 def test_a_row_without_tokens_counts_as_one():
     assert count_tokens(ids(0, 1), {RowId(0, 0): RowLoad(0, 0)}) == 2
 
@@ -166,7 +263,7 @@ def test_a_row_without_tokens_counts_as_one():
                 "chosen_token_ids": [[1, 2]],
                 "rejected_token_ids": [[1, 2, 3]],
             },
-            (RowLoad(1, 5),),
+            (RowLoad(1, 5, 2),),
         ),
         ({"response_token_ids": [7]}, (RowLoad(0, 0),)),
     ],

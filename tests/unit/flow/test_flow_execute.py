@@ -83,6 +83,7 @@ def test_scoring_calls_are_even_in_tokens_over_lanes_and_keep_a_prompt_together(
         {policy: (1, ONE), scorer: (4, ONE)},
         rows=256,
         samples=2,
+        prompt_sharers=frozenset({"scorer"}),
     )
     loop.run_until(lambda: run.is_done)
     ((row_ids, lengths),) = policy.calls
@@ -355,6 +356,40 @@ def test_training_batches_are_balanced_by_the_tokens_that_a_stage_made():
         [[row_id.prompt for row_id in part] for part in parts] for parts, _, _ in trainer.batches
     )
     assert lanes == [[[0], [3]], [[1], [2]]]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_prompts_count_as_often_as_the_model_computes_them(is_shared):
+    policy, trainer, scorer = Speaker("policy"), Tagger("trainer"), Tagger("scorer")
+
+    def flow(batch):
+        spoken = policy.forward_step(batch)
+        scorer.forward_step(spoken, batch)
+        trainer.train_step(spoken, batch)
+
+    run, loop, _, _ = build_run(
+        flow,
+        {policy: (1, ONE), scorer: (4, ONE), trainer: (1, ONE)},
+        rows=64,
+        samples=8,
+        train_limits=Limits(tokens=1500),
+        prompt_sharers=frozenset({"scorer", "trainer"} if is_shared else ()),
+    )
+    loop.run_until(lambda: run.is_done)
+    ((row_ids, lengths),) = policy.calls
+    tokens = dict(zip(row_ids, lengths, strict=True))
+    prompt = 0 if is_shared else 3
+
+    def count(ids):
+        shared = 0 if prompt else 3 * len({row.prompt for row in ids})
+        return shared + sum(tokens[row] + prompt for row in ids)
+
+    ((parts, _, _),) = trainer.batches
+    assert all(count(ids) <= 1500 or len(ids) == 1 for ids in parts)
+    together = sum(len(ids) - len({row.prompt for row in ids}) for ids in parts)
+    assert together > 40 or not is_shared
+    loads = [count(ids) for ids, _ in scorer.calls]
+    assert max(loads) < 1.05 * sum(loads) / 4
 
 
 def test_a_call_takes_all_samples_of_its_prompts_where_the_batch_size_allows():

@@ -47,6 +47,21 @@ def test_a_cpu_only_model_has_the_cores_that_it_asked_for():
     assert threads([request("verifier", 1, cpus=9)], cores=4) == {("verifier", 0): 4}
 
 
+def test_cores_that_a_cpu_only_model_asked_for_are_shared_with_no_other():
+    found = threads([request("policy", 2), request("reward", 1, cpus=12)])
+    assert found == {("policy", 0): 2, ("policy", 1): 2, ("reward", 0): 12}
+    found = threads([request("policy", 2), request("reward", 3, cpus=4)])
+    assert found[("policy", 0)] == 2
+    assert threads([request("policy", 2), request("reward", 1, cpus=16)])[("policy", 0)] == 1
+
+
+def test_a_cpu_only_model_that_takes_turns_with_a_group_needs_no_cores_beside_it():
+    requests = [request("policy", 4), request("reward", 1, cpus=8), request("trainer", 2)]
+    found = threads(requests, [("policy", "reward")])
+    assert found[("policy", 0)] == found[("trainer", 0)] == 2
+    assert threads(requests[:2], [("policy", "reward")])[("policy", 0)] == 4
+
+
 def test_there_is_at_least_one_thread():
     assert set(threads([request("a", 9)], cores=2).values()) == {1}
 
