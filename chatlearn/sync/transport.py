@@ -91,8 +91,8 @@ def is_shareable(context: WorkerContext, key: str, names: Sequence[str], is_doub
     again = context.module.weight_tensors()
     if any(live[name].data_ptr() != again[name].data_ptr() for name in names):
         return False
-    tensors = _targets(context, key, live) if is_double else live
-    return _share(context, key, {name: tensors[name] for name in names}) is not None
+    named = {name: live[name] for name in names}
+    return _share(context, key, Shadow(named).tensors if is_double else named) is not None
 
 
 def pull_early(context: WorkerContext, call: SyncCall) -> None:
@@ -214,6 +214,9 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
 def commit_weights(context: WorkerContext, call: SyncCall) -> None:
     """Put the second copy into force; a local copy that needs nobody else.
 
+    Only what the sync has written is copied: the rest of a tensor, such as rows that pad a
+    vocabulary, is this rank's own.
+
     Raises:
         SyncError: what is in force differs from the second copy.
     """
@@ -221,8 +224,9 @@ def commit_weights(context: WorkerContext, call: SyncCall) -> None:
     live = _checked_tensors(context, call)
     shadow = _targets(context, call.key, live)
     _begin_serving(context, call)
-    for name in programs.of(call).described:
-        live[name].copy_(shadow[name])
+    for block in programs.of(call).blocks:
+        name, slices = block.part.local_name, block.part.slices
+        live[name][slices].copy_(shadow[name][slices])
     for block in _chosen(programs.full, call):
         name, slices = block.part.local_name, block.part.slices
         if not has_equal_bits(live[name][slices], shadow[name][slices]):
@@ -376,7 +380,10 @@ def _live_tensors(context: WorkerContext) -> Mapping[str, torch.Tensor]:
 def _targets(
     context: WorkerContext, key: str, live: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    return context.keep(("sync shadow", key), lambda: Shadow(live)).tensors
+    def build() -> Shadow:
+        return Shadow({name: live[name] for name in _programs(context, key).full.described})
+
+    return context.keep(("sync shadow", key), build).tensors
 
 
 def _programs(context: WorkerContext, key: str) -> Programs:

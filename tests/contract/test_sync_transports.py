@@ -73,6 +73,13 @@ def test_all_kinds_of_weights_arrive_bit_for_bit(pair, transport, mode):
     assert found == crossing.get(transport, [False] * len(found))
 
 
+def test_a_second_copy_takes_no_more_than_the_weights(pair):
+    synchronizer = pair.prepare(mode="double")
+    synchronizer.sync(0)
+    for served, copied in pair.call("sampler", cases.doubled_bytes):
+        assert copied == served
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_that_became_new_tensors_are_noticed(pair, mode):
     synchronizer = pair.prepare(mode=mode)
