@@ -103,8 +103,8 @@ class Early:
 class Shadow:
     """A second copy of the weights, in the mode `double`; a resource of the context.
 
-    What no sync writes, such as rows that only pad a vocabulary, stays undefined in it. Names of one
-    and the same tensor, such as tied weights, have one copy in common.
+    What no sync writes, such as rows that only pad a vocabulary, stays undefined in it. Names of
+    one and the same tensor, such as tied weights, have one copy in common.
     """
 
     def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
