@@ -124,9 +124,16 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
     """Check this rank's tensors, and say how others get at them.
 
     Raises:
-        SyncError: a tensor is no longer as it was described.
+        SyncError: a tensor is no longer as it was described, or the weights are half new.
     """
     program = _programs(context, call.key).of(call)
+    # In place, one that only passes weights on is marked until it has all of them.
+    if context.unusable_reason and not program.is_destination:
+        raise SyncError(
+            f"{_label(context)} was asked for its weights, which nobody may take: "
+            f"{context.unusable_reason}; take them from another replica, or sync this one in full "
+            "first"
+        )
     if not program.is_destination and not call.is_check:
         context.module.before_weight_sync()
     live = _checked_tensors(context, call)

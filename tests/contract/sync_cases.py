@@ -337,6 +337,7 @@ class Pair:
             for request in requests
         ]
         placement = plan_placement(requests, (), DeviceInventory(1, None, "logical"))
+        self.config = config
         self.groups = backend.start(specs, placement, config)
         for name in counts:
             self.call(name, set_up_module, config.model(name), config.runtime, folder)

@@ -8,6 +8,7 @@ import sync_cases as cases
 from chatlearn.errors import SyncError, WorkerError
 from chatlearn.runtime.local_backend import LocalBackend
 from chatlearn.runtime.ray_backend import RayBackend
+from chatlearn.sync.transport import spoil_weights
 
 # By transport: the setting, and the nodes that trainer's ranks and samplers claim to be on.
 PLACES = {
@@ -192,6 +193,19 @@ def test_a_weight_that_changes_its_shape_is_found_by_name(pair, model_name, num_
     pair.call("trainer", cases.write, 2)
     synchronizer.sync(2)
     assert not any(pair.differing(2))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_are_half_new_are_taken_by_nobody(pair, mode):
+    synchronizer = pair.prepare(mode=mode)
+    pair.call("trainer", cases.write, 0)
+    synchronizer.sync(0)
+    pair.call_one("trainer", 0, spoil_weights, "half new")
+    with pytest.raises(WorkerError, match=r"trainer.r0.0 was asked for its weights.*: half new;"):
+        synchronizer.sync(1)
+    pair.call_one("trainer", 0, spoil_weights, "")
+    synchronizer.sync(2)
+    assert not any(pair.differing(0))
 
 
 def measure(pair):
