@@ -153,14 +153,23 @@ class WeightSyncs:
         if pair is None:
             return
         # The plans know the workers that are gone.
-        self._synchronizers.pop(pair, None)
+        known = self._synchronizers.pop(pair, None)
+        if known is not None:
+            known.close()
         self._unusable.add(_name(group))
         if not source.groups:
             group.call(spoil_weights, "the worker was started anew: its weights come with a sync")
             return
         naming = self._session.plan.flows.modules[source.groups[0].model_name].weight_naming
         namings = (naming, self._namings(pair)[1])
-        self._build(source.groups, [group], namings).sync(self.version_of(group.model_name))
+        synchronizer = self._build(source.groups, [group], namings)
+        version = self.version_of(group.model_name)
+        # Another replica must have what this one had; a trainer counts otherwise.
+        held = version if source.groups[0].model_name == group.model_name else None
+        try:
+            synchronizer.sync(version, held)
+        finally:
+            synchronizer.close()
         self._unusable.discard(_name(group))
 
     def _synchronizer(self, pair: Pair) -> WeightSynchronizer:
@@ -172,9 +181,8 @@ class WeightSyncs:
         return found
 
     def close(self) -> None:
-        """Forget the plans."""
-        for synchronizer in self._synchronizers.values():
-            synchronizer.close()
+        """Forget the plans as the workers end, and with them what they keep."""
+        self._synchronizers.clear()
 
     def _namings(self, pair: Pair) -> tuple[str, str]:
         modules = self._session.plan.flows.modules
@@ -197,7 +205,11 @@ class WeightSyncs:
         synchronizer = WeightSynchronizer(
             self._session.backend, sources, destinations, settings, namings
         )
-        synchronizer.prepare()
+        try:
+            synchronizer.prepare()
+        except BaseException:
+            synchronizer.close()
+            raise
         return synchronizer
 
 

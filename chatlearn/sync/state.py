@@ -46,7 +46,7 @@ class Offer:
     Attributes:
         index: its endpoint.
         label: how messages name it.
-        version: of the weights.
+        version: how new the weights are, by what the rank itself has counted.
         handles: tensors that other processes may open.
         lent: tensors for models of the same process.
         digests: by number of the block.

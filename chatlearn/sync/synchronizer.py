@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from chatlearn.sync.transport import (
     commit_weights,
     describe_endpoint,
     exchange_weights,
+    forget_sync,
     install_programs,
     is_shareable,
     offer_weights,
@@ -26,7 +28,7 @@ from chatlearn.sync.transport import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from chatlearn.runtime.contract import Backend, PendingCall, WorkerGroup
 
@@ -155,18 +157,21 @@ class WeightSynchronizer:
         self._ranks.awaited, self._ranks.taken = first_awaited(programs), first_taken(programs)
         self._open_channel()
 
-    def sync(self, version: int) -> SyncReport:
+    def sync(self, version: int, held: int | None = None) -> SyncReport:
         """Move the weights; the destinations have them all when this returns.
 
         After a sync that failed, the next one moves everything anew, over a new channel.
 
         Args:
             version: number of the weights, given to the destinations' modules.
+            held: the version that every source must have by its own count; None: any, if it is the
+                same on all.
 
         Raises:
             WorkerError: a rank failed; its message names the tensor.
             WaitTimeoutError: a rank did not answer in time; names it and the tensor awaited.
-            SyncError: a message between two ranks failed; names both and the tensor.
+            SyncError: a message between two ranks failed; names both and the tensor. Or a source's
+                weights are older or newer than they should be; names it.
         """
         start_s = time.time()
         settings = self._settings
@@ -189,6 +194,7 @@ class WeightSynchronizer:
             early = self._start_early(call)
             offers = self._offer(call, givers, deadline)
             self._ranks.gather(early, deadline, "take weights")
+            self._check_versions(offers, held)
             self._move(call, offers, deadline)
             if settings.checks == "full":
                 check = replace(call, is_check=True)
@@ -209,8 +215,10 @@ class WeightSynchronizer:
         return SyncReport(start_s, time.time(), self._prepared.plan_of(call).num_bytes)
 
     def close(self) -> None:
-        """Forget the plan; what workers keep ends with them."""
+        """Forget the plan; before any later call the workers let go of what they keep for it."""
         self._ready = None
+        self._is_channel_open = False
+        self._ranks.tell(forget_sync, range(self._ranks.count), self._key)
 
     @property
     def _prepared(self) -> _Ready:
@@ -254,6 +262,19 @@ class WeightSynchronizer:
     def _offer(self, call: SyncCall, ranks: Collection[int], deadline: float) -> dict[int, Offer]:
         found = self._ranks.run(offer_weights, ranks, deadline, "offer weights", lambda _: (call,))
         return {offer.index: offer for offer in found.values()}
+
+    def _check_versions(self, offers: Mapping[int, Offer], held: int | None) -> None:
+        """A source that has missed an update, or made one more, must not be taken from."""
+        found = Counter(offer.version for offer in offers.values())
+        awaited = held if held is not None else found.most_common(1)[0][0]
+        others = [offer for offer in offers.values() if offer.version != awaited]
+        if others:
+            named = ", ".join(f"{offer.label} has {offer.version}" for offer in others[:6])
+            raise SyncError(
+                f"weight sync {self._key}: the weights of every source should have version "
+                f"{awaited} (updates made, or the number of the last sync), but {named}: its calls "
+                "were not those of the other ranks; go back to a checkpoint"
+            )
 
     def _describe(self) -> list[Endpoint]:
         """Descriptions in one naming: the destination's, else the source's."""

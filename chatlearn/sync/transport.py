@@ -39,6 +39,7 @@ __all__ = [
     "commit_weights",
     "describe_endpoint",
     "exchange_weights",
+    "forget_sync",
     "install_programs",
     "is_shareable",
     "offer_weights",
@@ -73,12 +74,17 @@ def install_programs(
     context: WorkerContext, key: str, full: RankProgram, trained: RankProgram | None
 ) -> None:
     """Keep what this rank does in each sync of this key."""
-    for kind in ("programs", "opened", "shared", "shadow", "early", "channel", "store"):
-        context.drop((f"sync {kind}", key))
+    forget_sync(context, key)
     live = _live_tensors(context) if full.described else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
     reserved = context.reserved_shm_bytes
     context.keep(("sync programs", key), lambda: Programs(full, trained, reserved, shapes))
+
+
+def forget_sync(context: WorkerContext, key: str) -> None:
+    """Let go of everything that syncs of this key keep here."""
+    for kind in ("programs", "opened", "shared", "shadow", "early", "channel", "store"):
+        context.drop((f"sync {kind}", key))
 
 
 def is_shareable(context: WorkerContext, key: str, names: Sequence[str], is_double: bool) -> bool:
@@ -150,7 +156,7 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
     if not program.is_destination and not call.is_check:
         blocks = _chosen(_programs(context, call.key).full, call)
         digests = _digest(blocks, tensors)
-    return Offer(program.index, _label(context), call.version, handles, lent, digests)
+    return Offer(program.index, _label(context), context.weights_version, handles, lent, digests)
 
 
 def exchange_weights(context: WorkerContext, call: SyncCall) -> Failure | None:
@@ -184,18 +190,12 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
     In the mode `in_place` the new weights are in force when this returns.
 
     Raises:
-        SyncError: an offer is of another version, or what is here differs from the source's.
+        SyncError: what is here differs from the source's.
     """
     programs = _programs(context, call.key)
     program = programs.of(call)
     live = _checked_tensors(context, call)
     by_index = {offer.index: offer for offer in offers}
-    for offer in offers:
-        if offer.version != call.version:
-            raise SyncError(
-                f"{_label(context)} awaits version {call.version} of the weights, but "
-                f"{offer.label} offers version {offer.version}"
-            )
     targets = _begin(context, call, live)
     if call.is_check:
         _compare(context, call.key, program, targets, by_index)
@@ -270,6 +270,7 @@ def _begin_serving(context: WorkerContext, call: SyncCall) -> None:
 
 def _finish(context: WorkerContext, version: int) -> None:
     context.module.after_weight_sync(version)
+    context.weights_version = version
     context.unusable_reason = ""
 
 

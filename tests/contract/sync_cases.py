@@ -177,7 +177,7 @@ def differing(context, version):
 def blank(context):
     """Forget all weights, and what an earlier test set up."""
     module = context.module
-    context.unusable_reason, context.reserved_shm_bytes = "", 0
+    context.unusable_reason, context.reserved_shm_bytes, context.weights_version = "", 0, 0
     module.hook, module.is_fixed, module.told = None, False, {}
     module.setup()
 
@@ -227,6 +227,11 @@ def serve(context):
     return run_stage(context, call)[0].columns["scalar"][0]
 
 
+def set_version(context, version):
+    """Have made so many updates, or come from so many syncs."""
+    context.weights_version = version
+
+
 def freeze(context):
     context.module.is_fixed = True
 
@@ -237,6 +242,11 @@ def doubled_bytes(context):
     pairs = (context.module.weight_tensors(), copies[0].tensors)
     unique = [{tensor.data_ptr(): tensor.nbytes for tensor in kept.values()} for kept in pairs]
     return [sum(sizes.values()) for sizes in unique]
+
+
+def kept(context):
+    """What syncs keep here."""
+    return [key for key in context._resources if str(key[0]).startswith("sync ")]
 
 
 def has_channel(context):

@@ -8,7 +8,7 @@ import pytest
 import sync_cases as cases
 
 from chatlearn.engine.syncs import WeightSource, WeightSyncs
-from chatlearn.errors import WorkerError
+from chatlearn.errors import SyncError, WorkerError
 from chatlearn.runtime.ray_backend import RayBackend
 
 PAIR = ("trainer", "sampler")
@@ -64,6 +64,7 @@ def test_a_replica_gets_from_another_what_it_had(pair, syncs):
     assert source == WeightSource(PAIR, [samplers[0]])
     syncs.refresh(samplers[1], source)
     assert not any(pair.differing(0))
+    assert not any(found for name in pair.groups for found in pair.call(name, cases.kept))
     syncs.synchronize(0)
     assert not any(pair.differing(1))
 
@@ -79,3 +80,14 @@ def test_a_replica_that_waits_for_a_sync_gives_nothing(pair, syncs):
     syncs.synchronize(0)
     assert not any(pair.differing(1))
     assert syncs.find_source(samplers[1]).groups == pair.groups["trainer"]
+
+
+def test_a_replica_of_another_version_gives_nothing(pair, syncs):
+    samplers = pair.groups["sampler"]
+    pair.call_one("sampler", 0, cases.set_version, 5)
+    with pytest.raises(SyncError, match=r"should have version 0 .*but sampler.r0.0 has 5"):
+        syncs.refresh(samplers[1], syncs.find_source(samplers[1]))
+    syncs.synchronize(0)
+    source = syncs.find_source(samplers[1])
+    syncs.refresh(samplers[1], source)
+    assert not any(pair.differing(1))

@@ -208,6 +208,37 @@ def test_weights_that_are_half_new_are_taken_by_nobody(pair, mode):
     assert not any(pair.differing(0))
 
 
+def test_a_source_that_missed_an_update_is_named(sync_workers):
+    pair = sync_workers
+    for name in pair.groups:
+        pair.call(name, cases.blank)
+    synchronizer = pair.prepare(mode="double")
+    synchronizer.sync(7)
+    pair.call_one("trainer", 0, cases.set_version, 3)
+    pair.call_one("trainer", 1, cases.set_version, 2)
+    with pytest.raises(SyncError, match=r"should have version \d.* but trainer.r0.[01] has [23]:"):
+        synchronizer.sync(8)
+    pair.call("trainer", cases.set_version, 3)
+    pair.call("trainer", cases.write, 1)
+    with pytest.raises(SyncError, match=r"version 4 .*trainer.r0.0 has 3, trainer.r0.1 has 3:"):
+        synchronizer.sync(8, held=4)
+    synchronizer.sync(8, held=3)
+    assert not any(pair.differing(1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sync_that_is_closed_leaves_nothing_in_workers(pair, mode):
+    synchronizer = pair.prepare(mode=mode)
+    synchronizer.sync(0)
+    assert all(found for name in pair.groups for found in pair.call(name, cases.kept))
+    synchronizer.close()
+    assert not any(found for name in pair.groups for found in pair.call(name, cases.kept))
+    with pytest.raises(SyncError, match="has not been prepared"):
+        synchronizer.sync(1)
+    synchronizer.prepare()
+    synchronizer.sync(2)
+
+
 def measure(pair):
     return [found for name in pair.groups for found in pair.call(name, cases.measure)]
 
