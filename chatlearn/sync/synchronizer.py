@@ -244,8 +244,9 @@ class WeightSynchronizer:
         programs = ready.programs if call.is_full else ready.trained_programs
         stepping = [program.index for program in programs if program.steps]
         if stepping:
+            limit_s = _RANK_SHARE * max(0.0, deadline - time.monotonic())
             self._ranks.run(
-                exchange_weights, stepping, deadline, "exchange weights", lambda _: (call,)
+                exchange_weights, stepping, deadline, "exchange weights", lambda _: (call, limit_s)
             )
         relaying = {p.index for p in programs if p.is_destination and (p.exported or p.lent)}
         if relaying:

@@ -152,6 +152,8 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
             "/dev/shm more, or set runtime.weight_sync_transport: collective"
         )
     lent = {name: tensors[name] for name in program.lent}
+    # Who takes them looks at memory, whatever kernels, or messages that came, still write to it.
+    _await_device(context)
     digests: dict[int, int] = {}
     if not program.is_destination and not call.is_check:
         blocks = _chosen(_programs(context, call.key).full, call)
@@ -159,8 +161,13 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
     return Offer(program.index, _label(context), context.weights_version, handles, lent, digests)
 
 
-def exchange_weights(context: WorkerContext, call: SyncCall) -> Failure | None:
+def exchange_weights(context: WorkerContext, call: SyncCall, limit_s: float) -> Failure | None:
     """Send and receive what goes over the channel; a message that failed is given back.
+
+    Args:
+        context: of this rank.
+        call: the sync.
+        limit_s: by when all messages must be through, in seconds from now.
 
     Raises:
         SyncError: in a check, something differs.
@@ -173,7 +180,7 @@ def exchange_weights(context: WorkerContext, call: SyncCall) -> Failure | None:
         taken: Mapping[str, Any] = live
         if program.is_destination:
             taken = _begin(context, call, live)
-        channel.run(program.steps, live, taken, differing)
+        channel.run(program.steps, live, taken, limit_s, differing)
     except BaseException as error:
         # Without this end the others notice at once, and need not wait for their timeouts.
         context.drop(("sync channel", call.key))
@@ -207,10 +214,7 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
             if not early.has(call, offer):
                 _copy(pull, _open(context, call.key, offer), targets)
     early.close()
-    if context.device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
+    _await_device(context)
     # In a sync of the changed tensors only, the others are here since the last full one.
     with _all_cores(program):
         _check_digests(context, programs.full, call, targets, by_index)
@@ -379,6 +383,14 @@ def _checked_tensors(context: WorkerContext, call: SyncCall) -> Mapping[str, tor
                 f"when the sync was prepared, but has {tuple(tensor.shape)} now"
             )
     return tensors
+
+
+def _await_device(context: WorkerContext) -> None:
+    """On a GPU, wait for all work that was given to it, on every stream."""
+    if context.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(context.device)
 
 
 def _live_tensors(context: WorkerContext) -> Mapping[str, torch.Tensor]:

@@ -288,6 +288,17 @@ class Slip:
 
 
 @dataclass
+class Pause:
+    """A hook that takes its time, once."""
+
+    seconds: float
+
+    def __call__(self, module):
+        module.hook = None
+        time.sleep(self.seconds)
+
+
+@dataclass
 class Gate:
     """A hook that says it has been reached, and lets nobody through before a file is there.
 
