@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
     from chatlearn.parallel.context import WorkerContext
 
-__all__ = ["Channel", "ChannelAddress", "MessageError", "host_channel", "open_channel"]
+__all__ = [
+    "Channel",
+    "ChannelAddress",
+    "MessageError",
+    "choose_backend",
+    "host_channel",
+    "open_channel",
+]
 
 # Messages of one pair of ranks arrive in the order they are sent, so one tag serves.
 _TAG = 1
@@ -272,6 +279,16 @@ class Channel:
             f"{self._labels[step.peer]} within {self._limit_s:.3g} s: {error}",
             is_lost=is_lost,
         )
+
+
+def choose_backend(device_ids: Sequence[str]) -> str:
+    """NCCL where every rank has a GPU to itself, as it asks for; else gloo, by way of the host.
+
+    Args:
+        device_ids: of all ranks; empty: the CPU.
+    """
+    has_own = all(device_ids) and len(set(device_ids)) == len(device_ids)
+    return "nccl" if has_own else "gloo"
 
 
 def host_channel(context: WorkerContext, key: str) -> tuple[str, int]:

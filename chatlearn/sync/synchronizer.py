@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatlearn.errors import SyncError, WorkerError
-from chatlearn.sync.channel import ChannelAddress, host_channel, open_channel
+from chatlearn.sync.channel import ChannelAddress, choose_backend, host_channel, open_channel
 from chatlearn.sync.plan import DEFAULT_BUCKET_BYTES, plan_sync
 from chatlearn.sync.programs import RankProgram, build_programs, first_awaited, first_taken
 from chatlearn.sync.rank_calls import RankCalls
@@ -363,7 +363,7 @@ class WeightSynchronizer:
             port,
             members,
             tuple(endpoints[member].label for member in members),
-            "nccl" if all(endpoints[member].device_id for member in members) else "gloo",
+            choose_backend([endpoints[member].device_id for member in members]),
             _RANK_SHARE * self._settings.timeout_s,
             2 * self._settings.bucket_bytes,
         )
