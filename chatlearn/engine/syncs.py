@@ -63,6 +63,8 @@ class WeightSyncs:
         self._versions: dict[str, int] = {}
         # A pair whose workers were replaced has none until its next sync.
         self._synchronizers: dict[Pair, WeightSynchronizer] = {}
+        # Replicas, by model and number, that have half new weights or none until their next sync.
+        self._unusable: set[tuple[str, int]] = set()
         for pair in self._pairs:
             self._synchronizer(pair)
 
@@ -82,7 +84,11 @@ class WeightSyncs:
             # What it had when the run was saved, where a checkpoint says that.
             known = self._versions.get(destination) if episode is None else None
             version = self.version if known is None else known
+            groups = {_name(group) for group in self._session.groups[destination]}
+            # Until the sync is over; after one that failed they are spoiled.
+            self._unusable |= groups
             report = self._synchronizer(pair).sync(version)
+            self._unusable -= groups
             self._delivered[destination] = self._session.num_updates
             self._versions[destination] = version
             metrics[f"sync/{destination}/seconds"] = report.seconds
@@ -117,8 +123,9 @@ class WeightSyncs:
     def find_source(self, group: WorkerGroup) -> WeightSource | None:
         """Where a replica that is started anew gets the weights from that it had; None: nowhere.
 
-        They are its trainer's, if that has not moved on since; else another replica has them. A
-        replica that nothing asks before its next sync can wait for that.
+        They are its trainer's, if that has not moved on since; else another replica has them,
+        unless it waits for a sync itself. A replica that nothing asks before its next sync can wait
+        for that.
         """
         name = group.model_name
         pair = next((pair for pair in self._pairs if pair[1] == name), None)
@@ -128,7 +135,11 @@ class WeightSyncs:
         groups = self._session.groups
         if self._delivered.get(name) == self._session.num_updates:
             return WeightSource(pair, groups[pair[0]])
-        siblings = [other for other in groups[name] if other is not group]
+        siblings = [
+            other
+            for other in groups[name]
+            if other is not group and _name(other) not in self._unusable
+        ]
         if siblings:
             return WeightSource(pair, siblings[:1])
         is_next = self._session.config.model(name).sync_frequency == 1
@@ -142,13 +153,24 @@ class WeightSyncs:
         if pair is None:
             return
         # The plans know the workers that are gone.
-        self._synchronizers.pop(pair, None)
+        known = self._synchronizers.pop(pair, None)
+        if known is not None:
+            known.close()
+        self._unusable.add(_name(group))
         if not source.groups:
             group.call(spoil_weights, "the worker was started anew: its weights come with a sync")
             return
         naming = self._session.plan.flows.modules[source.groups[0].model_name].weight_naming
         namings = (naming, self._namings(pair)[1])
-        self._build(source.groups, [group], namings).sync(self.version_of(group.model_name))
+        synchronizer = self._build(source.groups, [group], namings)
+        version = self.version_of(group.model_name)
+        # Another replica must have what this one had; a trainer counts otherwise.
+        held = version if source.groups[0].model_name == group.model_name else None
+        try:
+            synchronizer.sync(version, held)
+        finally:
+            synchronizer.close()
+        self._unusable.discard(_name(group))
 
     def _synchronizer(self, pair: Pair) -> WeightSynchronizer:
         found = self._synchronizers.get(pair)
@@ -159,9 +181,8 @@ class WeightSyncs:
         return found
 
     def close(self) -> None:
-        """Forget the plans."""
-        for synchronizer in self._synchronizers.values():
-            synchronizer.close()
+        """Forget the plans as the workers end, and with them what they keep."""
+        self._synchronizers.clear()
 
     def _namings(self, pair: Pair) -> tuple[str, str]:
         modules = self._session.plan.flows.modules
@@ -186,5 +207,13 @@ class WeightSyncs:
         synchronizer = WeightSynchronizer(
             self._session.backend, sources, destinations, settings, namings
         )
-        synchronizer.prepare()
+        try:
+            synchronizer.prepare()
+        except BaseException:
+            synchronizer.close()
+            raise
         return synchronizer
+
+
+def _name(group: WorkerGroup) -> tuple[str, int]:
+    return group.model_name, group.replica

@@ -200,6 +200,7 @@ def load_stale(context: WorkerContext, checkpoint: Path, version: int) -> None:
     """Take weights from a checkpoint that are older than the trainer's; `version`: their number."""
     context.module.load_checkpoint(_model_folder(checkpoint, context))
     context.module.after_weight_sync(version)
+    context.weights_version = version
 
 
 def load_worker(context: WorkerContext, checkpoint: Path) -> bool:

@@ -148,6 +148,7 @@ def run_train(context: WorkerContext, call: TrainCall) -> StageReport:
         raise NumericsError(f"{error}{_tell_dumps(dumps)}") from error
     finally:
         module.on_fault = None
+    context.weights_version += 1
     result = done.output
     _count_tokens(context, micro_batches)
     metrics = dict(context.module.take_metrics())

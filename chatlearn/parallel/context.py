@@ -59,6 +59,8 @@ class WorkerContext:
         timeout_s: bound of every collective.
         reserved_shm_bytes: shared memory of this host that is spoken for.
         unusable_reason: why the module must not be used now; empty where it may be.
+        weights_version: how new the module's weights are: updates that this worker has made, where
+            it is trained; else the number that the last sync or checkpoint gave them.
         profiler: what looks at the calls; None while nothing is profiled.
     """
 
@@ -75,6 +77,7 @@ class WorkerContext:
     timeout_s: float
     reserved_shm_bytes: int = 0
     unusable_reason: str = ""
+    weights_version: int = 0
     profiler: Profiler | None = None
     _resources: dict[Hashable, Closable] = field(default_factory=dict[Hashable, Closable])
 

@@ -9,6 +9,7 @@ waiting for it, so no order of arrival can deadlock.
 from __future__ import annotations
 
 import socket
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,20 @@ if TYPE_CHECKING:
 
     from chatlearn.parallel.context import WorkerContext
 
-__all__ = ["Channel", "ChannelAddress", "MessageError", "host_channel", "open_channel"]
+__all__ = [
+    "Channel",
+    "ChannelAddress",
+    "MessageError",
+    "choose_backend",
+    "host_channel",
+    "open_channel",
+]
 
 # Messages of one pair of ranks arrive in the order they are sent, so one tag serves.
 _TAG = 1
 _MOST_IN_FLIGHT = 8
+# What gloo is given at least: it takes 0 for its own default.
+_LEAST_WAIT_S = 0.001
 # What gloo and NCCL say where the other end is gone, not late.
 _LOST = ("connection", "broken pipe", "remote process", "socket")
 
@@ -58,7 +68,7 @@ class ChannelAddress:
         members: indices of the endpoints that take part.
         labels: what messages call them, in the same order.
         backend: `gloo` or `nccl`.
-        timeout_s: of every message.
+        timeout_s: of the ranks' meeting; with NCCL of every message, too.
         staging_bytes: most bytes of buffers that one rank uses.
     """
 
@@ -143,7 +153,8 @@ class Channel:
         self._label = address.labels[address.members.index(index)]
         self._labels = dict(zip(address.members, address.labels, strict=True))
         self._ranks = {member: rank for rank, member in enumerate(address.members)}
-        self._timeout_s = address.timeout_s
+        self._limit_s = address.timeout_s
+        self._deadline = 0.0
         prefixed = dist.PrefixStore(address.key, store)
         rank, size = self._ranks[index], len(address.members)
         self._is_staged = address.backend == "gloo"
@@ -166,6 +177,7 @@ class Channel:
         steps: Sequence[Step],
         given: Mapping[str, torch.Tensor],
         taken: Mapping[str, torch.Tensor],
+        limit_s: float,
         differing: list[str] | None = None,
     ) -> None:
         """Work through the steps of this rank.
@@ -174,11 +186,14 @@ class Channel:
             steps: in the plan's order.
             given: tensors to send from, by local name.
             taken: tensors to receive into, by local name; also what is passed on from.
+            limit_s: when all of them must be over, in seconds from now. It is the same on all
+                ranks, so that who waits in vain says so before the driver asks who is late.
             differing: where given, nothing is written: what differs from what came is listed.
 
         Raises:
             MessageError: a message failed; names both ranks and the tensor.
         """
+        self._limit_s, self._deadline = limit_s, time.monotonic() + limit_s
         flights: deque[_Flight] = deque()
         own = {step.message for step in steps if not step.is_send}
         for number, step in enumerate(steps):
@@ -242,7 +257,12 @@ class Channel:
         self, flight: _Flight, tensors: Mapping[str, torch.Tensor], differing: list[str] | None
     ) -> None:
         try:
-            flight.work.wait()
+            if self._is_staged:
+                left_s = max(_LEAST_WAIT_S, self._deadline - time.monotonic())
+                flight.work.wait(timedelta(seconds=left_s))
+            else:
+                # With a limit the host would wait for the GPU; NCCL's own watch ends it.
+                flight.work.wait()
         except RuntimeError as error:
             raise self._failure(flight.step, error, f"bucket {flight.step.message[0]}") from error
         if flight.staging is None:
@@ -256,9 +276,19 @@ class Channel:
         is_lost = any(word in str(error).lower() for word in _LOST)
         return MessageError(
             f"{self._label} could not {verb} {step.parts[0].key} ({where}) {side} "
-            f"{self._labels[step.peer]} within {self._timeout_s:g} s: {error}",
+            f"{self._labels[step.peer]} within {self._limit_s:.3g} s: {error}",
             is_lost=is_lost,
         )
+
+
+def choose_backend(device_ids: Sequence[str]) -> str:
+    """NCCL where every rank has a GPU to itself, as it asks for; else gloo, by way of the host.
+
+    Args:
+        device_ids: of all ranks; empty: the CPU.
+    """
+    has_own = all(device_ids) and len(set(device_ids)) == len(device_ids)
+    return "nccl" if has_own else "gloo"
 
 
 def host_channel(context: WorkerContext, key: str) -> tuple[str, int]:

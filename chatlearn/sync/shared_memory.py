@@ -16,7 +16,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,7 @@ from chatlearn.errors import SyncError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OpenedTensors", "SharedTensors", "TensorHandle"]
+__all__ = ["OpenedTensors", "SharedTensors", "StorageHandles", "TensorHandle"]
 
 _FOLDER = Path("/dev/shm")
 _POLL_S = 0.01
@@ -52,6 +52,31 @@ class TensorHandle(NamedTuple):
     stride: tuple[int, ...]
 
 
+class StorageHandles:
+    """Handles of storages, each made once as long as its storage lives.
+
+    A storage may be freed and another one come to lie where it was, with as many bytes. That one
+    has a handle of its own: a weak reference tells the two apart.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], tuple[Any, tuple[Any, ...]]] = {}
+
+    def find(self, storage: Any, make: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """The handle of a storage; made by `make(storage)` where there is none yet."""
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        place, reference = (storage.data_ptr(), storage.nbytes()), StorageWeakRef(storage)
+        kept = self._kept.get(place)
+        if kept is None or kept[0] != reference:
+            kept = self._kept[place] = (reference, make(storage))
+        return kept[1]
+
+    def retain(self, places: Collection[tuple[int, int]]) -> None:
+        """Forget all but those at these places: addresses and numbers of bytes."""
+        self._kept = {place: kept for place, kept in self._kept.items() if place in places}
+
+
 class SharedTensors:
     """What an owner shares; a resource of its context.
 
@@ -59,7 +84,7 @@ class SharedTensors:
     """
 
     def __init__(self) -> None:
-        self._handles: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._cuda_handles = StorageHandles()
 
     def share(
         self, tensors: Mapping[str, torch.Tensor], *, reserved_bytes: int, timeout_s: float
@@ -102,7 +127,7 @@ class SharedTensors:
 
     def close(self) -> None:
         """Forget the handles; what is shared stays so as long as its tensors live."""
-        self._handles.clear()
+        self._cuda_handles.retain(())
 
     def _describe(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHandle] | None:
         handles: dict[tuple[int, int], tuple[Any, ...]] = {}
@@ -111,10 +136,10 @@ class SharedTensors:
             storage: Any = tensor.untyped_storage()
             place = (storage.data_ptr(), storage.nbytes())
             if place not in handles:
-                is_cpu = storage.device.type == "cpu"
-                # On the CPU a new storage may lie where an old one was: its handle is another.
-                known = None if is_cpu else self._handles.get(place)
-                handle = known or (_cpu_handle(storage) if is_cpu else _cuda_handle(storage))
+                if storage.device.type == "cpu":
+                    handle = _cpu_handle(storage)
+                else:
+                    handle = self._cuda_handles.find(storage, _cuda_handle)
                 if handle is None:
                     return None
                 handles[place] = handle
@@ -125,7 +150,7 @@ class SharedTensors:
                 tuple(tensor.shape),
                 tuple(tensor.stride()),
             )
-        self._handles = handles
+        self._cuda_handles.retain(handles)
         return found
 
 

@@ -46,7 +46,7 @@ class Offer:
     Attributes:
         index: its endpoint.
         label: how messages name it.
-        version: of the weights.
+        version: how new the weights are, by what the rank itself has counted.
         handles: tensors that other processes may open.
         lent: tensors for models of the same process.
         digests: by number of the block.
@@ -103,12 +103,22 @@ class Early:
 
 
 class Shadow:
-    """A second copy of the weights, in the mode `double`; a resource of the context."""
+    """A second copy of the weights, in the mode `double`; a resource of the context.
+
+    What no sync writes, such as rows that only pad a vocabulary, stays undefined in it. Names of
+    one and the same tensor, such as tied weights, have one copy in common.
+    """
 
     def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
         import torch
 
-        self.tensors = {name: torch.empty_like(tensor) for name, tensor in live.items()}
+        made: dict[tuple[object, ...], torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in live.items():
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if place not in made:
+                made[place] = torch.empty_like(tensor)
+            self.tensors[name] = made[place]
 
     def close(self) -> None:
         """Forget it."""

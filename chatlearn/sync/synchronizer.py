@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatlearn.errors import SyncError, WorkerError
-from chatlearn.sync.channel import ChannelAddress, host_channel, open_channel
+from chatlearn.sync.channel import ChannelAddress, choose_backend, host_channel, open_channel
 from chatlearn.sync.plan import DEFAULT_BUCKET_BYTES, plan_sync
 from chatlearn.sync.programs import RankProgram, build_programs, first_awaited, first_taken
 from chatlearn.sync.rank_calls import RankCalls
@@ -17,6 +18,7 @@ from chatlearn.sync.transport import (
     commit_weights,
     describe_endpoint,
     exchange_weights,
+    forget_sync,
     install_programs,
     is_shareable,
     offer_weights,
@@ -159,7 +161,7 @@ class WeightSynchronizer:
         self._open_channel()
         self._must_plan_anew = False
 
-    def sync(self, version: int) -> SyncReport:
+    def sync(self, version: int, held: int | None = None) -> SyncReport:
         """Move the weights; the destinations have them all when this returns.
 
         After a sync that failed, the next one moves everything anew, over a new channel. So does
@@ -167,11 +169,14 @@ class WeightSynchronizer:
 
         Args:
             version: number of the weights, given to the destinations' modules.
+            held: the version that every source must have by its own count; None: any, if it is the
+                same on all.
 
         Raises:
             WorkerError: a rank failed; its message names the tensor.
             WaitTimeoutError: a rank did not answer in time; names it and the tensor awaited.
-            SyncError: a message between two ranks failed; names both and the tensor.
+            SyncError: a message between two ranks failed; names both and the tensor. Or a source's
+                weights are older or newer than they should be; names it.
         """
         start_s = time.time()
         settings = self._settings
@@ -196,6 +201,7 @@ class WeightSynchronizer:
             early = self._start_early(call)
             offers = self._offer(call, givers, deadline)
             self._ranks.gather(early, deadline, "take weights")
+            self._check_versions(offers, held)
             if self._are_others_frozen(offers):
                 self._must_plan_anew = True
                 self.prepare()
@@ -221,8 +227,10 @@ class WeightSynchronizer:
         return SyncReport(start_s, time.time(), self._prepared.plan_of(call).num_bytes)
 
     def close(self) -> None:
-        """Forget the plan; what workers keep ends with them."""
+        """Forget the plan; before any later call the workers let go of what they keep for it."""
         self._ready = None
+        self._is_channel_open = False
+        self._ranks.tell(forget_sync, range(self._ranks.count), self._key)
 
     @property
     def _prepared(self) -> _Ready:
@@ -253,8 +261,9 @@ class WeightSynchronizer:
         programs = ready.programs if call.is_full else ready.trained_programs
         stepping = [program.index for program in programs if program.steps]
         if stepping:
+            limit_s = _RANK_SHARE * max(0.0, deadline - time.monotonic())
             self._ranks.run(
-                exchange_weights, stepping, deadline, "exchange weights", lambda _: (call,)
+                exchange_weights, stepping, deadline, "exchange weights", lambda _: (call, limit_s)
             )
         relaying = {p.index for p in programs if p.is_destination and (p.exported or p.lent)}
         if relaying:
@@ -271,6 +280,19 @@ class WeightSynchronizer:
     def _offer(self, call: SyncCall, ranks: Collection[int], deadline: float) -> dict[int, Offer]:
         found = self._ranks.run(offer_weights, ranks, deadline, "offer weights", lambda _: (call,))
         return {offer.index: offer for offer in found.values()}
+
+    def _check_versions(self, offers: Mapping[int, Offer], held: int | None) -> None:
+        """A source that has missed an update, or made one more, must not be taken from."""
+        found = Counter(offer.version for offer in offers.values())
+        awaited = held if held is not None else found.most_common(1)[0][0]
+        others = [offer for offer in offers.values() if offer.version != awaited]
+        if others:
+            named = ", ".join(f"{offer.label} has {offer.version}" for offer in others[:6])
+            raise SyncError(
+                f"weight sync {self._key}: the weights of every source should have version "
+                f"{awaited} (updates made, or the number of the last sync), but {named}: its calls "
+                "were not those of the other ranks; go back to a checkpoint"
+            )
 
     def _describe(self) -> list[Endpoint]:
         """Descriptions in one naming: the destination's, else the source's."""
@@ -358,7 +380,7 @@ class WeightSynchronizer:
             port,
             members,
             tuple(endpoints[member].label for member in members),
-            "nccl" if all(endpoints[member].device_id for member in members) else "gloo",
+            choose_backend([endpoints[member].device_id for member in members]),
             _RANK_SHARE * self._settings.timeout_s,
             2 * self._settings.bucket_bytes,
         )

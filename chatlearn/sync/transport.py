@@ -39,6 +39,7 @@ __all__ = [
     "commit_weights",
     "describe_endpoint",
     "exchange_weights",
+    "forget_sync",
     "install_programs",
     "is_shareable",
     "offer_weights",
@@ -73,12 +74,17 @@ def install_programs(
     context: WorkerContext, key: str, full: RankProgram, trained: RankProgram | None
 ) -> None:
     """Keep what this rank does in each sync of this key."""
-    for kind in ("programs", "opened", "shared", "shadow", "early", "channel", "store"):
-        context.drop((f"sync {kind}", key))
+    forget_sync(context, key)
     live = _live_tensors(context) if full.described else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
     reserved = context.reserved_shm_bytes
     context.keep(("sync programs", key), lambda: Programs(full, trained, reserved, shapes))
+
+
+def forget_sync(context: WorkerContext, key: str) -> None:
+    """Let go of everything that syncs of this key keep here."""
+    for kind in ("programs", "opened", "shared", "shadow", "early", "channel", "store"):
+        context.drop((f"sync {kind}", key))
 
 
 def is_shareable(context: WorkerContext, key: str, names: Sequence[str], is_double: bool) -> bool:
@@ -91,8 +97,8 @@ def is_shareable(context: WorkerContext, key: str, names: Sequence[str], is_doub
     again = context.module.weight_tensors()
     if any(live[name].data_ptr() != again[name].data_ptr() for name in names):
         return False
-    tensors = _targets(context, key, live) if is_double else live
-    return _share(context, key, {name: tensors[name] for name in names}) is not None
+    named = {name: live[name] for name in names}
+    return _share(context, key, Shadow(named).tensors if is_double else named) is not None
 
 
 def pull_early(context: WorkerContext, call: SyncCall) -> None:
@@ -124,9 +130,16 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
     """Check this rank's tensors, and say how others get at them.
 
     Raises:
-        SyncError: a tensor is no longer as it was described.
+        SyncError: a tensor is no longer as it was described, or the weights are half new.
     """
     program = _programs(context, call.key).of(call)
+    # In place, one that only passes weights on is marked until it has all of them.
+    if context.unusable_reason and not program.is_destination:
+        raise SyncError(
+            f"{_label(context)} was asked for its weights, which nobody may take: "
+            f"{context.unusable_reason}; take them from another replica, or sync this one in full "
+            "first"
+        )
     if not program.is_destination and not call.is_check:
         context.module.before_weight_sync()
     live = _checked_tensors(context, call)
@@ -139,17 +152,25 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
             "/dev/shm more, or set runtime.weight_sync_transport: collective"
         )
     lent = {name: tensors[name] for name in program.lent}
+    # Who takes them looks at memory, whatever kernels, or messages that came, still write to it.
+    _await_device(context)
     digests: dict[int, int] = {}
     frozen = frozenset[str]()
     if not program.is_destination and not call.is_check:
         frozen = frozenset(context.module.frozen_weights())
         blocks = _chosen(_programs(context, call.key).full, call)
         digests = _digest(blocks, tensors)
-    return Offer(program.index, _label(context), call.version, handles, lent, digests, frozen)
+    version = context.weights_version
+    return Offer(program.index, _label(context), version, handles, lent, digests, frozen)
 
 
-def exchange_weights(context: WorkerContext, call: SyncCall) -> Failure | None:
+def exchange_weights(context: WorkerContext, call: SyncCall, limit_s: float) -> Failure | None:
     """Send and receive what goes over the channel; a message that failed is given back.
+
+    Args:
+        context: of this rank.
+        call: the sync.
+        limit_s: by when all messages must be through, in seconds from now.
 
     Raises:
         SyncError: in a check, something differs.
@@ -162,7 +183,7 @@ def exchange_weights(context: WorkerContext, call: SyncCall) -> Failure | None:
         taken: Mapping[str, Any] = live
         if program.is_destination:
             taken = _begin(context, call, live)
-        channel.run(program.steps, live, taken, differing)
+        channel.run(program.steps, live, taken, limit_s, differing)
     except BaseException as error:
         # Without this end the others notice at once, and need not wait for their timeouts.
         context.drop(("sync channel", call.key))
@@ -179,18 +200,12 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
     In the mode `in_place` the new weights are in force when this returns.
 
     Raises:
-        SyncError: an offer is of another version, or what is here differs from the source's.
+        SyncError: what is here differs from the source's.
     """
     programs = _programs(context, call.key)
     program = programs.of(call)
     live = _checked_tensors(context, call)
     by_index = {offer.index: offer for offer in offers}
-    for offer in offers:
-        if offer.version != call.version:
-            raise SyncError(
-                f"{_label(context)} awaits version {call.version} of the weights, but "
-                f"{offer.label} offers version {offer.version}"
-            )
     targets = _begin(context, call, live)
     if call.is_check:
         _compare(context, call.key, program, targets, by_index)
@@ -202,10 +217,7 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
             if not early.has(call, offer):
                 _copy(pull, _open(context, call.key, offer), targets)
     early.close()
-    if context.device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
+    _await_device(context)
     # In a sync of the changed tensors only, the others are here since the last full one.
     with _all_cores(program):
         _check_digests(context, programs.full, call, targets, by_index)
@@ -216,6 +228,9 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
 def commit_weights(context: WorkerContext, call: SyncCall) -> None:
     """Put the second copy into force; a local copy that needs nobody else.
 
+    Only what the sync has written is copied: the rest of a tensor, such as rows that pad a
+    vocabulary, is this rank's own.
+
     Raises:
         SyncError: what is in force differs from the second copy.
     """
@@ -223,8 +238,9 @@ def commit_weights(context: WorkerContext, call: SyncCall) -> None:
     live = _checked_tensors(context, call)
     shadow = _targets(context, call.key, live)
     _begin_serving(context, call)
-    for name in programs.of(call).described:
-        live[name].copy_(shadow[name])
+    for block in programs.of(call).blocks:
+        name, slices = block.part.local_name, block.part.slices
+        live[name][slices].copy_(shadow[name][slices])
     for block in _chosen(programs.full, call):
         name, slices = block.part.local_name, block.part.slices
         if not has_equal_bits(live[name][slices], shadow[name][slices]):
@@ -261,6 +277,7 @@ def _begin_serving(context: WorkerContext, call: SyncCall) -> None:
 
 def _finish(context: WorkerContext, version: int) -> None:
     context.module.after_weight_sync(version)
+    context.weights_version = version
     context.unusable_reason = ""
 
 
@@ -371,6 +388,14 @@ def _checked_tensors(context: WorkerContext, call: SyncCall) -> Mapping[str, tor
     return tensors
 
 
+def _await_device(context: WorkerContext) -> None:
+    """On a GPU, wait for all work that was given to it, on every stream."""
+    if context.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(context.device)
+
+
 def _live_tensors(context: WorkerContext) -> Mapping[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in context.module.weight_tensors().items()}
 
@@ -378,7 +403,10 @@ def _live_tensors(context: WorkerContext) -> Mapping[str, torch.Tensor]:
 def _targets(
     context: WorkerContext, key: str, live: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    return context.keep(("sync shadow", key), lambda: Shadow(live)).tensors
+    def build() -> Shadow:
+        return Shadow({name: live[name] for name in _programs(context, key).full.described})
+
+    return context.keep(("sync shadow", key), build).tensors
 
 
 def _programs(context: WorkerContext, key: str) -> Programs:

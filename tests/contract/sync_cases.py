@@ -26,12 +26,16 @@ POLL_S = 0.02
 
 @dataclass(frozen=True)
 class Kind:
-    """One weight: its dtype with trainer and sampler, and its shape."""
+    """One weight: its dtype with trainer and sampler, and its shape.
+
+    A padded one has rows at the end, more with the sampler, that no description tells of.
+    """
 
     given: torch.dtype
     taken: torch.dtype
     shape: tuple[int, ...]
     is_turned: bool = False
+    is_padded: bool = False
 
 
 KINDS = {
@@ -50,6 +54,7 @@ KINDS = {
     "flat_a": Kind(torch.float32, torch.float32, (6, 4)),
     "flat_b": Kind(torch.float32, torch.float32, (10,)),
     "empty": Kind(torch.float32, torch.float32, (0, 3)),
+    "padded": Kind(torch.float32, torch.float32, (9, 4), is_padded=True),
     "fixed": Kind(torch.float32, torch.float32, (4, 4)),
 }
 TIED = {"head": "embed"}
@@ -96,7 +101,14 @@ class Weights(BaseModule):
         dtype = kind.given if self.is_source else kind.taken
         if kind.is_turned and self.is_source:
             return torch.zeros(shape[::-1], dtype=dtype).t()
+        if kind.is_padded:
+            return torch.cat([torch.zeros(shape, dtype=dtype), self.padding(name)])
         return torch.zeros(shape, dtype=dtype)
+
+    def padding(self, name):
+        """The last rows of a padded weight, which are this side's own and stay as they are."""
+        num_rows, value = (2, -1.0) if self.is_source else (5, 7.0)
+        return torch.full((num_rows, *KINDS[name].shape[1:]), value)
 
     @property
     def rows(self):
@@ -106,6 +118,8 @@ class Weights(BaseModule):
 
     def own_value(self, name, version):
         value = value_of(TIED.get(name, name), version)
+        if name in KINDS and KINDS[name].is_padded:
+            return torch.cat([value, self.padding(name)])
         return value[self.rows] if name == "split" else value
 
     def weight_shards(self):
@@ -113,6 +127,9 @@ class Weights(BaseModule):
             if shard.key == "split":
                 box = Box((self.rows.start, 0), shard.box.shape)
                 shard = replace(shard, global_shape=KINDS["split"].shape, box=box)
+            if shard.key in KINDS and KINDS[shard.key].is_padded:
+                shape = KINDS[shard.key].shape
+                shard = replace(shard, global_shape=shape, box=Box((0, 0), shape))
             return replace(shard, **self.told.get(shard.key, {}))
 
         return tuple(place(shard) for shard in super().weight_shards())
@@ -160,7 +177,7 @@ def differing(context, version):
 def blank(context):
     """Forget all weights, and what an earlier test set up."""
     module = context.module
-    context.unusable_reason, context.reserved_shm_bytes = "", 0
+    context.unusable_reason, context.reserved_shm_bytes, context.weights_version = "", 0, 0
     module.hook, module.is_fixed, module.told = None, False, {}
     module.setup()
 
@@ -210,8 +227,26 @@ def serve(context):
     return run_stage(context, call)[0].columns["scalar"][0]
 
 
+def set_version(context, version):
+    """Have made so many updates, or come from so many syncs."""
+    context.weights_version = version
+
+
 def freeze(context, is_fixed=True):
     context.module.is_fixed = is_fixed
+
+
+def doubled_bytes(context):
+    """Bytes of the weights, and of their second copy; each tensor counts once."""
+    copies = [kept for key, kept in context._resources.items() if key[0] == "sync shadow"]
+    pairs = (context.module.weight_tensors(), copies[0].tensors)
+    unique = [{tensor.data_ptr(): tensor.nbytes for tensor in kept.values()} for kept in pairs]
+    return [sum(sizes.values()) for sizes in unique]
+
+
+def kept(context):
+    """What syncs keep here."""
+    return [key for key in context._resources if str(key[0]).startswith("sync ")]
 
 
 def has_channel(context):
@@ -250,6 +285,17 @@ class Slip:
             module.hook = None
             spoil_element(module.context, self.name)
         self.num_free -= 1
+
+
+@dataclass
+class Pause:
+    """A hook that takes its time, once."""
+
+    seconds: float
+
+    def __call__(self, module):
+        module.hook = None
+        time.sleep(self.seconds)
 
 
 @dataclass
@@ -312,6 +358,7 @@ class Pair:
             for request in requests
         ]
         placement = plan_placement(requests, (), DeviceInventory(1, None, "logical"))
+        self.config = config
         self.groups = backend.start(specs, placement, config)
         for name in counts:
             self.call(name, set_up_module, config.model(name), config.runtime, folder)

@@ -109,6 +109,29 @@ def test_a_rank_that_stops_is_named_and_may_come_back(lasting, tmp_path, transpo
     assert pair.call("sampler", cases.serve) == [cases.value_of("scalar", 2).item()] * 2
 
 
+def test_who_stops_late_in_a_sync_is_named_alone(lasting, tmp_path):
+    """Messages that begin late end in time all the same: who waits in vain is not late."""
+    pair = lasting
+    for name in pair.groups:
+        pair.call(name, cases.blank)
+    pair.call("trainer", cases.write, 0)
+    synchronizer = pair.prepare(SYNC_TIMEOUT_S, transport="collective")
+    synchronizer.sync(0)
+    pair.call_one("trainer", 0, cases.set_hook, cases.Pause(0.5 * SYNC_TIMEOUT_S))
+    strike(pair, tmp_path, "channel", "trainer", 1, signal.SIGSTOP)
+    try:
+        told = str(fail_in_time(synchronizer, 1))
+    finally:
+        os.kill(pair.processes("trainer")[1], signal.SIGCONT)
+    late, _, waiting = told.partition("did not exchange weights: ")[2].partition("; ")
+    assert late.startswith("trainer.r0.1 (others await ")
+    assert "sampler" not in late
+    assert waiting.startswith("sampler.r")
+    assert "from trainer.r0.1 within" in waiting
+    synchronizer.sync(2)
+    assert not any(pair.differing(0))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("victim", ["trainer", "sampler"])

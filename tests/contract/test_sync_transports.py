@@ -8,6 +8,7 @@ import sync_cases as cases
 from chatlearn.errors import SyncError, WorkerError
 from chatlearn.runtime.local_backend import LocalBackend
 from chatlearn.runtime.ray_backend import RayBackend
+from chatlearn.sync.transport import spoil_weights
 
 # By transport: the setting, and the nodes that trainer's ranks and samplers claim to be on.
 PLACES = {
@@ -71,6 +72,13 @@ def test_all_kinds_of_weights_arrive_bit_for_bit(pair, transport, mode):
     crossing = {"channel": [True] * 3, "mixed": [False, True, True]}
     found = [*pair.call("sampler", cases.has_channel)]
     assert found == crossing.get(transport, [False] * len(found))
+
+
+def test_a_second_copy_takes_no_more_than_the_weights(pair):
+    synchronizer = pair.prepare(mode="double")
+    synchronizer.sync(0)
+    for served, copied in pair.call("sampler", cases.doubled_bytes):
+        assert copied == served
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -202,6 +210,50 @@ def test_a_weight_that_changes_its_shape_is_found_by_name(pair, model_name, num_
     pair.call("trainer", cases.write, 2)
     synchronizer.sync(2)
     assert not any(pair.differing(2))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_are_half_new_are_taken_by_nobody(pair, mode):
+    synchronizer = pair.prepare(mode=mode)
+    pair.call("trainer", cases.write, 0)
+    synchronizer.sync(0)
+    pair.call_one("trainer", 0, spoil_weights, "half new")
+    with pytest.raises(WorkerError, match=r"trainer.r0.0 was asked for its weights.*: half new;"):
+        synchronizer.sync(1)
+    pair.call_one("trainer", 0, spoil_weights, "")
+    synchronizer.sync(2)
+    assert not any(pair.differing(0))
+
+
+def test_a_source_that_missed_an_update_is_named(sync_workers):
+    pair = sync_workers
+    for name in pair.groups:
+        pair.call(name, cases.blank)
+    synchronizer = pair.prepare(mode="double")
+    synchronizer.sync(7)
+    pair.call_one("trainer", 0, cases.set_version, 3)
+    pair.call_one("trainer", 1, cases.set_version, 2)
+    with pytest.raises(SyncError, match=r"should have version \d.* but trainer.r0.[01] has [23]:"):
+        synchronizer.sync(8)
+    pair.call("trainer", cases.set_version, 3)
+    pair.call("trainer", cases.write, 1)
+    with pytest.raises(SyncError, match=r"version 4 .*trainer.r0.0 has 3, trainer.r0.1 has 3:"):
+        synchronizer.sync(8, held=4)
+    synchronizer.sync(8, held=3)
+    assert not any(pair.differing(1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sync_that_is_closed_leaves_nothing_in_workers(pair, mode):
+    synchronizer = pair.prepare(mode=mode)
+    synchronizer.sync(0)
+    assert all(found for name in pair.groups for found in pair.call(name, cases.kept))
+    synchronizer.close()
+    assert not any(found for name in pair.groups for found in pair.call(name, cases.kept))
+    with pytest.raises(SyncError, match="has not been prepared"):
+        synchronizer.sync(1)
+    synchronizer.prepare()
+    synchronizer.sync(2)
 
 
 def measure(pair):

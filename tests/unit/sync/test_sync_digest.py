@@ -1,11 +1,14 @@
 """The digest sees every bit of a tensor and where it stands."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatlearn.sync.digest import compute_digest, has_equal_bits
+from chatlearn.sync.digest import compute_digest, compute_digests, has_equal_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float64]
 
@@ -39,6 +42,84 @@ def test_two_values_that_swap_places_change_the_digest(count, data):
     second = first.clone()
     second[one], second[other] = first[other], first[one]
     assert (compute_digest(first) == compute_digest(second)) == (one == other)
+
+
+def check_all_differ(tensors):
+    assert len(set(compute_digests(tensors))) == len(tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_rows_of_an_identity_matrix_that_swap_places_change_the_digest(dtype):
+    """All rows have equal sums, and so have all columns."""
+    unit = torch.eye(2048, dtype=torch.float32).to(dtype)
+    rolled = [unit.roll(count, 0) for count in (1, 2, 3, 4, 8, 512, 1024, 2047)]
+    check_all_differ([unit, unit.flip(0), *rolled])
+    some = torch.Generator().manual_seed(0)
+    swapped = [unit]
+    for one, other in torch.randint(0, 2048, (40, 2), generator=some).tolist():
+        order = list(range(2048))
+        order[one], order[other] = other, one
+        swapped.append(unit[order])
+    check_all_differ(swapped)
+
+
+@given(st.integers(1, 3), st.integers(1, 3000), st.integers(0, 15), st.data())
+def test_a_rectangle_whose_sums_stay_changes_the_digest(width, height, bit, data):
+    """Bits that move from two corners to the two others, in bf16: signs, exponents, fractions."""
+    first = torch.zeros(height + 1, 1024 * width, dtype=torch.int16)
+    left, right = (data.draw(st.integers(0, 1024 * width - 1)) for _ in range(2))
+    second = first.clone()
+    flag = -(1 << 15) if bit == 15 else 1 << bit
+    first[0, left], first[height, right] = flag, flag
+    second[0, right], second[height, left] = flag, flag
+    is_same = torch.equal(first, second)
+    assert (compute_digest(first) == compute_digest(second)) == is_same
+
+
+@given(st.integers(-(2**62), 2**62), st.integers(2, 4000), st.data())
+def test_what_is_taken_from_one_word_and_given_to_another_changes_the_digest(delta, rows, data):
+    words = torch.arange(rows * 512).view(rows, 512) * 77
+    changed = words.clone()
+    top, bottom = (data.draw(st.integers(0, rows - 1)) for _ in range(2))
+    left, right = (data.draw(st.integers(0, 511)) for _ in range(2))
+    for row, column, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1)):
+        changed[row, column] += sign * delta
+    changed[bottom, right] += delta
+    is_same = torch.equal(words, changed)
+    assert (compute_digest(words) == compute_digest(changed)) == is_same
+
+
+def test_words_that_all_move_change_the_digest():
+    circulant = torch.stack([torch.arange(512).roll(count) for count in range(512)])
+    check_all_differ([circulant.roll(count, 0) for count in range(0, 512, 7)])
+    halves = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.bfloat16).repeat(1, 4096)
+    check_all_differ([halves, halves.flip(0), halves.flip(1)[:, :-2]])
+    panels = values(6 << 20, torch.int32).view(3, -1)
+    check_all_differ(
+        [panels[list(order)] for order in ((0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1))]
+    )
+
+
+def test_all_bits_of_a_word_that_turn_change_the_digest():
+    words = torch.zeros(4096, dtype=torch.int32)
+    check_all_differ([words, ~words, torch.cat([~words[:1], words[1:]])])
+
+
+def test_of_tensors_that_are_made_one_by_one_few_are_held():
+    """As a sync casts its blocks: what is alive at once bounds the memory it takes."""
+    alive = []
+
+    def make():
+        for number in range(200):
+            array = np.full(5000, number, dtype=np.int32)
+            alive.append(weakref.ref(array))
+            assert sum(each() is not None for each in alive) <= 2
+            tensor = torch.from_numpy(array)
+            del array
+            yield tensor
+            del tensor
+
+    assert len(set(compute_digests(make()))) == 200
 
 
 def test_zeros_of_another_length_differ():
