@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chatlearn.data.bins import Bin, Limits, Row, cost_of, group_rows, is_within, responses_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = ["cut_prompts", "run_bounds", "spread_rows"]
 
@@ -204,26 +204,42 @@ def _starts(
         yield _fill_lanes(cut_prompts(groups, within), num_lanes, limits)
     pieces, step = cut_prompts(groups, limits), _STEP
     while True:
-        lanes = _try_to_fill(pieces, num_lanes, limits, int(least * (1.0 + step)))
-        if lanes is not None:
-            yield lanes
-            return
+        most = int(least * (1.0 + step))
+        for rank in (_by_size, _by_prompt):
+            lanes = _try_to_fill(pieces, num_lanes, limits, most, rank)
+            if lanes is not None:
+                yield lanes
+                return
         step *= 1.2
 
 
+def _by_size(piece: list[Row]) -> int:
+    """The largest first."""
+    return -cost_of(piece)
+
+
+def _by_prompt(piece: list[Row]) -> int:
+    """The longest prompt first: the others are easier to divide, and fill what is left."""
+    return -piece[0].prompt
+
+
 def _try_to_fill(
-    pieces: Iterable[list[Row]], num_lanes: int, limits: Limits, most: int
+    pieces: Iterable[list[Row]],
+    num_lanes: int,
+    limits: Limits,
+    most: int,
+    rank: Callable[[list[Row]], int],
 ) -> list[_Lane] | None:
     """Lanes of at most so many tokens, each piece to the fullest one that takes it.
 
     Of a piece that no lane takes the emptiest takes a part; None where there is no room for one.
     """
     lanes = [_Lane(limits) for _ in range(num_lanes)]
-    waiting = [(-cost_of(piece), piece) for piece in pieces]
+    waiting = [(rank(piece), piece) for piece in pieces]
     heapq.heapify(waiting)
     while waiting:
-        size, piece = heapq.heappop(waiting)
-        room = most + size
+        _, piece = heapq.heappop(waiting)
+        room = most - cost_of(piece)
         fitting = [lane for lane in lanes if lane.tokens <= room]
         if fitting:
             max(fitting, key=lambda lane: lane.tokens).add(piece)
@@ -236,7 +252,7 @@ def _try_to_fill(
         lane.add(part)
         taken = set(part)
         rest = [row for row in piece if row not in taken]
-        heapq.heappush(waiting, (-cost_of(rest), rest))
+        heapq.heappush(waiting, (rank(rest), rest))
     return lanes
 
 
