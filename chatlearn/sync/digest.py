@@ -86,7 +86,7 @@ def _sum_up(values: torch.Tensor) -> tuple[int, torch.Tensor]:
         # Words must begin at a multiple of four bytes, which a slice of a tensor may not do.
         whole = whole if whole.data_ptr() % 4 == 0 else whole.clone()
         table = whole.view(torch.int32).view(-1, _WIDTH)
-        parts.extend(_sum_columns(panel).view(torch.int64) for panel in table.split(_PANEL_ROWS))
+        parts.extend(_sum_columns(panel).view(torch.int64) for panel in _split(table, _PANEL_ROWS))
     rest = raw.numel() - num_whole
     if rest:
         words = torch.zeros(-(-rest // 8) * 8, dtype=torch.uint8, device=raw.device)
@@ -104,7 +104,7 @@ def _sum_columns(panel: torch.Tensor) -> torch.Tensor:
     factors = _factors(panel.device)[: len(panel)]
     space: torch.Tensor | None = None
     found: list[torch.Tensor] = []
-    for rows, weights in zip(panel.split(at_once), factors.split(at_once), strict=True):
+    for rows, weights in zip(_split(panel, at_once), _split(factors, at_once), strict=True):
         # The last rows may be fewer; what is made for the first ones is used again.
         words = torch.bitwise_right_shift(
             rows, 16, out=None if space is None else space[: len(rows)]
@@ -113,6 +113,11 @@ def _sum_columns(panel: torch.Tensor) -> torch.Tensor:
         found.append(words.mul_(weights).sum(0, dtype=torch.int32))
         space = words
     return found[0] if len(found) == 1 else torch.stack(found).sum(0, dtype=torch.int32)
+
+
+def _split(table: torch.Tensor, num_rows: int) -> list[torch.Tensor]:
+    """So many rows at a time; the last ones may be fewer."""
+    return [table[start : start + num_rows] for start in range(0, len(table), num_rows)]
 
 
 @cache
