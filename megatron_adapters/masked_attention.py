@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """torch's fused attention for grouped queries, with a mask or causal.
 
 On a GPU no fast kernel takes both a mask and fewer keys' heads than queries': torch would fall back

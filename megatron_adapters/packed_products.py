@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """Products with weights that were laid out for the processor's bfloat16 units beforehand.
 
 oneDNN otherwise lays a weight out anew for every product, which for the few rows of a decoding step
