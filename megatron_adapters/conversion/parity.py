@@ -19,6 +19,7 @@ import torch
 from chatlearn.data.rows import RowId
 from chatlearn.parallel.sharding import Box
 from megatron_adapters import PolicyInference, PolicyReference, PolicyTrainer
+from megatron_adapters.batches import read_rows
 from megatron_adapters.conversion.worlds import LayoutCase, World, build_module
 from megatron_adapters.model_building import unwrap
 from megatron_adapters.packing import PackedBatch
@@ -118,7 +119,9 @@ def measure_logits(
     module.row_ids = [RowId(number, 0) for number in range(len(sequences))]
     with _captured_logits(module) as seen:
         module.forward_step(data)
-    return [row for batch, parts in seen for row in _rows_of(batch, torch.cat(parts))]
+    found = [row for batch, parts in seen for row in _rows_of(batch, torch.cat(parts))]
+    # It scores in parts, whose rows need not stand in the order of the batch.
+    return module.cut(read_rows(data)).restore(found) if found else found
 
 
 def _rows_of(batch: PackedBatch, logits: torch.Tensor) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ def pair(workers):
 @pytest.fixture
 def session(pair):
     """As much of a run as its syncs look at; its trainer moves on with `num_updates`."""
-    module = SimpleNamespace(weight_naming="")
+    module = SimpleNamespace(weight_naming="", left_out_weights=())
     flows = SimpleNamespace(syncs=(PAIR,), modules=dict.fromkeys(PAIR, module))
     return SimpleNamespace(
         plan=SimpleNamespace(flows=flows),
