@@ -126,7 +126,8 @@ def test_who_stops_late_in_a_sync_is_named_alone(lasting, tmp_path):
     late, _, waiting = told.partition("did not exchange weights: ")[2].partition("; ")
     assert late.startswith("trainer.r0.1 (others await ")
     assert "sampler" not in late
-    assert waiting.startswith("sampler.r")
+    # The other source may have had to give up a message, too, to one who waited for the first.
+    assert "sampler.r" in waiting
     assert "from trainer.r0.1 within" in waiting
     synchronizer.sync(2)
     assert not any(pair.differing(0))
