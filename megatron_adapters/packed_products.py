@@ -1,7 +1,7 @@
 """Products with weights that were laid out for the processor's bfloat16 units beforehand.
 
-oneDNN otherwise lays a weight out anew for every product, which for the few rows of a decoding step
-is about half of the time. A copy of the weights is kept for that; whoever changes weights has to
+oneDNN otherwise lays a weight out anew for every product, which counts for the few rows of a
+decoding step. A copy of the weights is kept for that; whoever changes weights has to
 call `prepare` before the next product.
 """
 

@@ -50,11 +50,13 @@ class MessageError(SyncError):
 
     Attributes:
         is_lost: the other end is gone, which often only follows another rank's failure.
+        peer: endpoint at the other end.
     """
 
-    def __init__(self, text: str, *, is_lost: bool) -> None:
+    def __init__(self, text: str, *, is_lost: bool, peer: int) -> None:
         super().__init__(text)
         self.is_lost = is_lost
+        self.peer = peer
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,7 @@ class Channel:
             f"{self._label} could not {verb} {step.parts[0].key} ({where}) {side} "
             f"{self._labels[step.peer]} within {self._limit_s:.3g} s: {error}",
             is_lost=is_lost,
+            peer=step.peer,
         )
 
 

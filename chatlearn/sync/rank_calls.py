@@ -27,10 +27,12 @@ class Failure:
     Attributes:
         text: what happened.
         is_lost: a connection broke, as it does when another rank gives up.
+        peer: endpoint that it waited for, where it is one.
     """
 
     text: str
     is_lost: bool = False
+    peer: int | None = None
 
 
 class RankCalls:
@@ -107,9 +109,9 @@ class RankCalls:
             if at not in late
         }
         failures = [value for value in found.values() if isinstance(value, Failure)]
-        first = min(failures, key=lambda failure: failure.is_lost, default=None)
+        # Who waits in vain says so; who never answers is the cause.
+        first = min(failures, key=lambda each: (each.peer not in late, each.is_lost), default=None)
         if late:
-            # Who waits in vain says so; who never answers is the cause.
             raise WaitTimeoutError(
                 f"{self._what}: within {self._timeout_s:g} s (runtime.sync_timeout_s) these ranks "
                 f"did not {purpose}: {self._name(late)}{f'; {first.text}' if first else ''}",

@@ -188,7 +188,7 @@ def exchange_weights(context: WorkerContext, call: SyncCall, limit_s: float) -> 
         # Without this end the others notice at once, and need not wait for their timeouts.
         context.drop(("sync channel", call.key))
         if isinstance(error, MessageError):
-            return Failure(str(error), error.is_lost)
+            return Failure(str(error), error.is_lost, error.peer)
         raise
     _raise_differing(context, differing or ())
     return None

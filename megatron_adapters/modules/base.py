@@ -14,7 +14,7 @@ from megatron_adapters.batches import Rows, check_token_ids
 from megatron_adapters.model_building import build_model
 from megatron_adapters.model_config import build_settings
 from megatron_adapters.modules.saved import SavedModule
-from megatron_adapters.packing import PackedBatch, PackingOptions, pack_micro_batches
+from megatron_adapters.packing import PackedBatch, pack_micro_batches
 from megatron_adapters.packing_options import build_packing_options, shares_prompts
 from megatron_adapters.parallel_state import (
     ParallelGroups,
@@ -130,23 +130,19 @@ class MegatronModule(SavedModule):
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    @property
-    def packing(self) -> PackingOptions:
-        """How this rank's streams are laid out."""
-        return build_packing_options(
+    def pack(self, micro_batches: Sequence[Rows], *, temperature: float = 1.0) -> list[PackedBatch]:
+        """Pack micro-batches to streams for this rank's pipeline."""
+        vocab_size = self.settings.shape.vocab_size
+        for rows in micro_batches:
+            check_token_ids((*rows.prompts, *rows.responses), vocab_size)
+        options = build_packing_options(
             self.settings,
             self.groups,
             shares_prompts=self.shares_prompts,
             reads_last=self.reads_last,
             device=self.device,
         )
-
-    def pack(self, micro_batches: Sequence[Rows], *, temperature: float = 1.0) -> list[PackedBatch]:
-        """Pack micro-batches to streams for this rank's pipeline."""
-        vocab_size = self.settings.shape.vocab_size
-        for rows in micro_batches:
-            check_token_ids((*rows.prompts, *rows.responses), vocab_size)
-        return pack_micro_batches(micro_batches, self.packing, temperature=temperature)
+        return pack_micro_batches(micro_batches, options, temperature=temperature)
 
     def has_own_description(self) -> bool:
         """Whether a subclass overrides `weight_shards`."""

@@ -127,12 +127,11 @@ class _ScoringModule(_TextModule):
 
     def cut(self, rows: Rows) -> RowParts:
         """Rows in micro-batches by tokens; a pipeline gets enough to be full."""
-        check_token_ids((*rows.prompts, *rows.responses), self.settings.shape.vocab_size)
         stages = self.layout.pp_size
         return split_by_tokens(
             rows,
             _MOST_TOKENS,
-            shares_prompts=self.packing.shares_prompts,
+            shares_prompts=self.shares_prompts,
             least_parts=2 * stages if stages > 1 else 1,
         )
 

@@ -61,10 +61,8 @@ def test_workers_of_a_node_that_is_cut_off_are_dead_together_and_soon(tmp_path):
                 [sys.executable, str(program)], env=environment, stdout=log, stderr=log
             )
         wait_for(lambda: len(list(tmp_path.glob("a.[01]"))) == 2, driver, tmp_path)
-        start_s = time.monotonic()
         nodes.cut()
         assert driver.wait(SOON_S) != 0
-        assert time.monotonic() - start_s < SOON_S
     finally:
         if driver is not None and driver.poll() is None:
             driver.kill()
