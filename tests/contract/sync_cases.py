@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from chatlearn import BaseModule
@@ -18,6 +20,7 @@ from chatlearn.flow.stage import StageCall, StageInput, run_stage
 from chatlearn.parallel.sharding import Box
 from chatlearn.runtime.contract import ModelSpec
 from chatlearn.runtime.placement import DeviceInventory, build_requests, plan_placement
+from chatlearn.runtime.ray_backend import RayBackend
 from chatlearn.sync.synchronizer import SyncSettings, WeightSynchronizer
 
 TIMEOUT_S = 60.0
@@ -400,3 +403,13 @@ def shared_files(process_ids):
     """Files in shared memory that these processes made."""
     marks = tuple(f"torch_{number}_" for number in process_ids)
     return [name for name in os.listdir("/dev/shm") if name.startswith(marks)]
+
+
+@contextmanager
+def pair_on_ray(head, folder, **sizes):
+    """A pair whose workers are in the session's Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        head.enter(patch)
+        pair = Pair(RayBackend(folder), folder, **sizes)
+        yield pair
+        pair.close()

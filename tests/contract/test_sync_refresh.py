@@ -9,19 +9,16 @@ import sync_cases as cases
 
 from chatlearn.engine.syncs import WeightSource, WeightSyncs
 from chatlearn.errors import SyncError, WorkerError
-from chatlearn.runtime.ray_backend import RayBackend
 
 PAIR = ("trainer", "sampler")
 
 
 @pytest.fixture(scope="module")
 def workers(_ray_head, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        _ray_head.enter(patch)
-        folder = tmp_path_factory.mktemp("workers")
-        pair = cases.Pair(RayBackend(folder), folder, num_sources=1, num_destinations=3)
+    with cases.pair_on_ray(
+        _ray_head, tmp_path_factory.mktemp("workers"), num_sources=1, num_destinations=3
+    ) as pair:
         yield pair
-        pair.close()
 
 
 @pytest.fixture

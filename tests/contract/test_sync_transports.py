@@ -7,7 +7,6 @@ import sync_cases as cases
 
 from chatlearn.errors import SyncError, WorkerError
 from chatlearn.runtime.local_backend import LocalBackend
-from chatlearn.runtime.ray_backend import RayBackend
 from chatlearn.sync.transport import spoil_weights
 
 # By transport: the setting, and the nodes that trainer's ranks and samplers claim to be on.
@@ -31,12 +30,10 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def sync_workers(_ray_head, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        _ray_head.enter(patch)
-        folder = tmp_path_factory.mktemp("workers")
-        pair = cases.Pair(RayBackend(folder), folder, num_sources=2, num_destinations=3)
+    with cases.pair_on_ray(
+        _ray_head, tmp_path_factory.mktemp("workers"), num_sources=2, num_destinations=3
+    ) as pair:
         yield pair
-        pair.close()
 
 
 @pytest.fixture(params=PLACES)

@@ -76,16 +76,21 @@ class Speaker(Tagger):
         }
 
 
-def test_scoring_calls_are_even_in_tokens_over_lanes_and_keep_a_prompt_together():
+def run_scoring(num_policies, num_scorers, **options):
+    """Runs a policy of long-tailed responses and what scores them; gives both."""
     policy, scorer = Speaker("policy"), Tagger("scorer")
     run, loop, _, _ = build_run(
         lambda batch: scorer.forward_step(policy.forward_step(batch), batch),
-        {policy: (1, ONE), scorer: (4, ONE)},
-        rows=256,
-        samples=2,
-        prompt_sharers=frozenset({"scorer"}),
+        {policy: (num_policies, ONE), scorer: (num_scorers, ONE)},
+        **options,
     )
     loop.run_until(lambda: run.is_done)
+    return policy, scorer
+
+
+def test_scoring_calls_are_even_in_tokens_over_lanes_and_keep_a_prompt_together():
+    sharers = frozenset({"scorer"})
+    policy, scorer = run_scoring(1, 4, rows=256, samples=2, prompt_sharers=sharers)
     ((row_ids, lengths),) = policy.calls
     tokens = dict(zip(row_ids, lengths, strict=True))
     prompts = [{row.prompt for row in ids} for ids, _ in scorer.calls]
@@ -100,13 +105,7 @@ def test_scoring_calls_are_even_in_tokens_over_lanes_and_keep_a_prompt_together(
 
 
 def test_what_arrives_in_parts_is_spread_over_all_lanes_part_by_part():
-    policy, scorer = Speaker("policy"), Tagger("scorer")
-    run, loop, _, _ = build_run(
-        lambda batch: scorer.forward_step(policy.forward_step(batch), batch),
-        {policy: (2, ONE), scorer: (2, ONE)},
-        rows=128,
-    )
-    loop.run_until(lambda: run.is_done)
+    _, scorer = run_scoring(2, 2, rows=128)
     assert sorted(rows_of(scorer)) == [RowId(at, 0) for at in range(128)]
     halves = [{row.prompt // 64 for row in ids} for ids, _ in scorer.calls]
     assert sorted(map(sorted, halves)) == [[0], [0], [1], [1]]
