@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from megatron_adapters.dense_layers import DenseLayer, DenseLinear, TensorFunction, is_dense
+from megatron_adapters.fused import gate_on_gpu
 from megatron_adapters.kv_cache import CacheView
 from megatron_adapters.packed_products import PackedProducts
 from megatron_adapters.rotary import build_doubled_angles
@@ -172,7 +173,9 @@ class DenseProgram:
             gate, up = wide.chunk(2)
             return self._project(self._activation(gate).mul_(up).t(), layer.fc2)
         wide = self._products.linear(hidden, layer.fc1.weight, layer.fc1.bias)
-        if self._is_gated:
+        if self._is_gated and self._activation is functional.silu and wide.is_cuda:
+            wide = gate_on_gpu(wide)
+        elif self._is_gated:
             gate, up = wide.chunk(2, -1)
             wide = self._activation(gate).mul_(up)
         else:

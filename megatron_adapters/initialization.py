@@ -52,11 +52,12 @@ def _fill(region: torch.Tensor, shard: TensorShard, scale: float, seed: int) -> 
     first_row, first_column = shard.box.offset[-2:]
     rows, columns = shard.box.shape[-2:]
     flat = region.reshape(-1, columns)
-    counters = [torch.tensor(offset) for offset in lead]
-    column = torch.arange(first_column, first_column + columns)[None, :]
+    device = region.device
+    counters = [torch.tensor(offset, device=device) for offset in lead]
+    column = torch.arange(first_column, first_column + columns, device=device)[None, :]
     step = max(1, _CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        row = torch.arange(first_row + start, first_row + stop)[:, None]
+        row = torch.arange(first_row + start, first_row + stop, device=device)[:, None]
         values = counter_normal(mixed, *counters, row, column) * scale
         flat[start:stop].copy_(values)

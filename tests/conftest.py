@@ -44,7 +44,7 @@ def _ray_head():
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     arguments = [
         *("--head", "--block", f"--port={port}", "--include-dashboard=false"),
-        *("--disable-usage-stats", "--num-gpus=0", f"--temp-dir={folder}"),
+        *("--disable-usage-stats", f"--num-gpus={_count_gpus()}", f"--temp-dir={folder}"),
         *(f"--ray-client-server-port={client_port}", "--object-store-memory=300000000"),
     ]
     log = (folder / "head.log").open("w")
@@ -73,6 +73,12 @@ def _ray_head():
             head.kill()
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _count_gpus():
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _free_ports(count):

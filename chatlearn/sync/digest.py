@@ -73,7 +73,7 @@ def has_equal_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _sum_up(values: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Number of bytes; column sums of all panels and the words that fill no row, as int64 here."""
+    """Number of bytes; column sums of all panels and the words that fill no row, as int64."""
     import torch
 
     # A single element may keep any stride, which stands in the way of another view.
@@ -92,8 +92,9 @@ def _sum_up(values: torch.Tensor) -> tuple[int, torch.Tensor]:
         words = torch.zeros(-(-rest // 8) * 8, dtype=torch.uint8, device=raw.device)
         words[:rest] = raw[num_whole:]
         parts.append(words.view(torch.int64))
-    sums = torch.cat(parts) if len(parts) > 1 else (*parts, torch.zeros(0, dtype=torch.int64))[0]
-    return raw.numel(), sums.cpu()
+    if not parts:
+        parts.append(torch.zeros(0, dtype=torch.int64, device=raw.device))
+    return raw.numel(), torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _sum_columns(panel: torch.Tensor) -> torch.Tensor:
@@ -139,7 +140,8 @@ def _add_up(sums: Sequence[torch.Tensor]) -> list[int]:
 
     lengths = torch.tensor([len(each) for each in sums])
     places = torch.cat([torch.arange(1, len(each) + 1) for each in sums])
-    mixed = _mix(torch.cat(list(sums)) + places * _GOLDEN)
+    # From a GPU they come here all at once: each transfer waits for all work before it.
+    mixed = _mix(torch.cat(list(sums)).cpu() + places * _GOLDEN)
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     running = torch.cat([torch.zeros(1, dtype=torch.int64), mixed.cumsum(0)])
     totals = running[ends[1:]] - running[ends[:-1]]

@@ -15,10 +15,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -66,22 +66,33 @@ class Figure:
         return {"name": self.name, "value": self.value, "bound": self.bound, "share": share}
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """Measurements behind a median, and how many kernels of a profile to show."""
+
+    rounds: int
+    num_kernels: int
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; gives the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/bench/gpu.py", description=__doc__)
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 512], help="of decoding")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64, 512], help="of decoding")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-training", action="store_true", help="leave training out")
+    parser.add_argument("--profile", type=int, default=0, help="show so many kernels of each")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         say("no GPU here: nothing is measured")
         return 0
-    figures = [_measure_training(given.rounds)]
-    _free_memory()
-    bandwidth = 2 * measure_copy(1 << 30, "cuda")  # each byte is read once and written once
-    for batch in given.batches:
-        figures.append(_measure_decoding(batch, bandwidth, given.rounds))
+    settings = _Settings(given.rounds, given.profile)
+    figures: list[Figure] = []
+    if not given.no_training:
+        figures.append(_measure_training(settings))
         _free_memory()
+    bandwidth = 2 * measure_copy(1 << 30, "cuda")  # each byte is read once and written once
+    figures.extend(_measure_decoding(given.batches, bandwidth, settings))
     _print(figures)
     if given.json:
         found = {"device": torch.cuda.get_device_name(), "figures": [f.as_json() for f in figures]}
@@ -103,7 +114,7 @@ def compute_decode_bound(
     return batch * bytes_per_s / (_BF16_BYTES * weights + cache)
 
 
-def _measure_training(rounds: int) -> Figure:
+def _measure_training(settings: _Settings) -> Figure:
     shape = ONE_BILLION
     fields = {**shape.as_fields(), "bf16": True, "lr": 1e-5}
     trainer = set_up_alone(PolicyTrainer("trainer"), fields, {"algorithm": {"loss": "sft"}})
@@ -114,34 +125,36 @@ def _measure_training(rounds: int) -> Figure:
         train_once(trainer, step)
         return sum(shape.training_flops(len(r), len(r.response)) for rows in step for r in rows)
 
-    rate = _median_rate(train, rounds)
+    rate = _median_rate(train, settings)
     product = measure_matmul(8192, torch.bfloat16, "cuda")
     return Figure("training, 1B, 32k tokens a step", rate / 1e12, product / 1e12, "TFLOP/s")
 
 
-def _measure_decoding(batch: int, bytes_per_s: float, rounds: int) -> Figure:
+def _measure_decoding(
+    batches: Sequence[int], bytes_per_s: float, settings: _Settings
+) -> Iterator[Figure]:
     shape = ONE_BILLION
-    generation = {"max_new_tokens": _NEW, "num_slots": batch}
     fields = {
         **shape.as_fields(),
         "max_sequence_length": _PROMPT + _NEW,  # the cache holds no more
         "bf16": True,
-        "generation": generation,
+        "generation": {"max_new_tokens": _NEW},
     }
     policy = set_up_alone(PolicyInference("policy"), fields)
     draw, numbers = random.Random(0), itertools.count()
+    for batch in batches:
 
-    def decode() -> float:
-        prompts = [draw_tokens(draw, _PROMPT, shape.vocab_size) for _ in range(batch)]
-        policy.row_ids = tuple(RowId(next(numbers), 0) for _ in prompts)
-        found = policy.forward_step({"prompt_token_ids": [torch.tensor(p) for p in prompts]})
-        return sum(len(ids) for ids in found["response_token_ids"])
+        def decode(batch: int = batch) -> float:
+            prompts = [draw_tokens(draw, _PROMPT, shape.vocab_size) for _ in range(batch)]
+            policy.row_ids = tuple(RowId(next(numbers), 0) for _ in prompts)
+            found = policy.forward_step({"prompt_token_ids": [torch.tensor(p) for p in prompts]})
+            return sum(len(ids) for ids in found["response_token_ids"])
 
-    rate = _median_rate(decode, rounds)
-    bound = compute_decode_bound(
-        shape, batch, prompt=_PROMPT, new_tokens=_NEW, bytes_per_s=bytes_per_s
-    )
-    return Figure(f"decoding, 1B, batch {batch}", rate, bound, "tokens/s")
+        rate = _median_rate(decode, settings)
+        bound = compute_decode_bound(
+            shape, batch, prompt=_PROMPT, new_tokens=_NEW, bytes_per_s=bytes_per_s
+        )
+        yield Figure(f"decoding, 1B, batch {batch}", rate, bound, "tokens/s")
 
 
 def _free_memory() -> None:
@@ -150,17 +163,36 @@ def _free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def _median_rate(work: Callable[[], float], rounds: int) -> float:
+def _median_rate(work: Callable[[], float], settings: _Settings) -> float:
     """Of what `work` gives, per second; the first time does not count."""
     work()
     rates: list[float] = []
-    for _ in range(rounds):
+    for _ in range(settings.rounds):
         torch.cuda.synchronize()
         start_s = time.perf_counter()
         amount = work()
         torch.cuda.synchronize()
         rates.append(amount / (time.perf_counter() - start_s))
+    if settings.num_kernels:
+        _show_kernels(work, settings.num_kernels)
     return statistics.median(rates)
+
+
+def _show_kernels(work: Callable[[], float], count: int) -> None:
+    """Where the device's time goes, and how long the host takes."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        work()
+        torch.cuda.synchronize()
+    events: list[Any] = list(cast("Any", profile).key_averages())
+    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    whole_us = sum(event.self_device_time_total for event in kernels)
+    print(f"device busy {whole_us / 1e3:.1f} ms")
+    for event in kernels[:count]:
+        spent_us = event.self_device_time_total
+        told = f"{spent_us / whole_us:6.1%} {spent_us / 1e3:9.2f} ms {event.count:7d}"
+        print(f"{told} {event.key[:110]}")
 
 
 def _print(figures: Sequence[Figure]) -> None:

@@ -65,4 +65,4 @@ def _fill(region: torch.Tensor, shard: TensorShard) -> None:
         numbers = torch.randn(shard.global_shape[at], generator=draw)
         own = numbers.narrow(0, shard.box.offset[at], region.shape[axis])
         behind = (1,) * (region.dim() - axis - 1)
-        region.add_(own.to(region.dtype).view(-1, *behind))
+        region.add_(own.to(region.device, region.dtype).view(-1, *behind))

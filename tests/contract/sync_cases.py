@@ -85,7 +85,7 @@ class Weights(BaseModule):
 
     def setup(self):
         self.model = torch.nn.Module()
-        flat = torch.zeros(34)
+        flat = torch.zeros(34, device=self.device)
         views = {"flat_a": flat[:24].view(6, 4), "flat_b": flat[24:]}
         for name, kind in KINDS.items():
             tensor = views[name] if name in views and self.is_source else self.zeros(name)
@@ -103,10 +103,10 @@ class Weights(BaseModule):
             shape[0] = self.rows.stop - self.rows.start
         dtype = kind.given if self.is_source else kind.taken
         if kind.is_turned and self.is_source:
-            return torch.zeros(shape[::-1], dtype=dtype).t()
+            return torch.zeros(shape[::-1], dtype=dtype, device=self.device).t()
         if kind.is_padded:
-            return torch.cat([torch.zeros(shape, dtype=dtype), self.padding(name)])
-        return torch.zeros(shape, dtype=dtype)
+            return torch.cat([torch.zeros(shape, dtype=dtype), self.padding(name)]).to(self.device)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def padding(self, name):
         """The last rows of a padded weight, which are this side's own and stay as they are."""
@@ -163,7 +163,9 @@ def write(context, version, is_replaced=False, names=None):
             elif isinstance(tensor, torch.nn.Parameter):
                 tensor.data = torch.empty_like(tensor).copy_(module.own_value(name, version))
             else:
-                setattr(module.model, name, module.own_value(name, version).clone())
+                setattr(
+                    module.model, name, module.own_value(name, version).to(tensor.device, copy=True)
+                )
 
 
 def differing(context, version):
@@ -172,7 +174,8 @@ def differing(context, version):
     wrong = []
     for name in (*KINDS, *TIED):
         tensor = getattr(module.model, name)
-        if not torch.equal(tensor.detach(), module.own_value(name, version).to(tensor.dtype)):
+        wanted = module.own_value(name, version).to(tensor.dtype)
+        if not torch.equal(tensor.detach().cpu(), wanted):
             wrong.append(name)
     return wrong
 
@@ -207,7 +210,7 @@ def tell(context, key, fields):
 
 def resize(context, name, shape):
     """Give a weight another shape, in silence."""
-    getattr(context.module.model, name).data = torch.zeros(shape)
+    getattr(context.module.model, name).data = torch.zeros(shape, device=context.device)
 
 
 def spoil_element(context, name):
@@ -218,7 +221,7 @@ def spoil_element(context, name):
 
 def overlap(context):
     """Let two weights share one element, by mistake."""
-    flat = torch.zeros(33)
+    flat = torch.zeros(33, device=context.device)
     context.module.model.flat_a.data = flat[:24].view(6, 4)
     context.module.model.flat_b.data = flat[23:]
 
@@ -273,7 +276,17 @@ def measure(context):
         "threads": process.num_threads(),
         "children": len(process.children()),
         "bytes": process.memory_info().rss,
+        "device bytes": _device_bytes(context.device),
     }
+
+
+def _device_bytes(device):
+    """What all processes have of a GPU, but for what torch keeps for later."""
+    if device.type == "cpu":
+        return 0
+    torch.cuda.empty_cache()
+    free, whole = torch.cuda.mem_get_info(device)
+    return whole - free
 
 
 @dataclass
@@ -343,9 +356,10 @@ class Pair:
         backend: not started yet; `close` closes it.
         num_sources: ranks of the trainer.
         num_destinations: replicas of the sampler.
+        gpus: of this machine, which the two share; None: logical devices.
     """
 
-    def __init__(self, backend, folder, num_sources, num_destinations):
+    def __init__(self, backend, folder, num_sources, num_destinations, gpus=None):
         self.backend = backend
         self.transport = "auto"
         counts = {"trainer": num_sources, "sampler": num_destinations}
@@ -360,7 +374,9 @@ class Pair:
             )
             for request in requests
         ]
-        placement = plan_placement(requests, (), DeviceInventory(1, None, "logical"))
+        colocation = () if gpus is None else (tuple(counts),)
+        inventory = DeviceInventory(1, gpus, "logical" if gpus is None else "gpu")
+        placement = plan_placement(requests, colocation, inventory)
         self.config = config
         self.groups = backend.start(specs, placement, config)
         for name in counts:

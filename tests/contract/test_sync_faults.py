@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 import sync_cases as cases
+import torch
 
 from chatlearn.errors import WaitTimeoutError, WorkerError
 from chatlearn.runtime.ray_backend import RayBackend
@@ -19,6 +20,8 @@ from chatlearn.runtime.ray_backend import RayBackend
 SYNC_TIMEOUT_S = 3.0
 SLACK_S = 3.0
 TRANSPORTS = {"shared_memory": "auto", "channel": "collective"}
+# Two models that share a GPU.
+ON_GPU = "cuda_ipc"
 # Calls of a sync that see a rank's tensors before the one in which the fault strikes: with the
 # channel, a trainer has made its offer, and others wait for what it sends.
 NUM_FREE = {("channel", "trainer"): 1}
@@ -45,6 +48,21 @@ def mortals(_ray, tmp_path):
     pair = cases.Pair(RayBackend(tmp_path), tmp_path, num_sources=1, num_destinations=1)
     yield pair
     pair.close()
+
+
+@pytest.fixture
+def mortals_on_gpu(_ray, tmp_path):
+    """The same, on one GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pair = cases.Pair(RayBackend(tmp_path), tmp_path, num_sources=1, num_destinations=1, gpus=1)
+    yield pair
+    pair.close()
+
+
+def setting_of(transport):
+    """Of the config; the plan takes IPC by itself."""
+    return TRANSPORTS.get(transport, "auto")
 
 
 def strike(pair, folder, transport, victim, index, number):
@@ -84,29 +102,33 @@ def check_served(pair, mode, index=0):
         pytest.param("shared_memory", "sampler", "in_place", marks=pytest.mark.long),
         pytest.param("channel", "trainer", "in_place", marks=pytest.mark.long),
         pytest.param("channel", "sampler", "double", marks=pytest.mark.long),
+        pytest.param(ON_GPU, "trainer", "in_place", marks=pytest.mark.gpu),
+        pytest.param(ON_GPU, "trainer", "double", marks=pytest.mark.gpu),
     ],
 )
-def test_a_rank_that_stops_is_named_and_may_come_back(lasting, tmp_path, transport, victim, mode):
-    pair = lasting
+def test_a_rank_that_stops_is_named_and_may_come_back(request, tmp_path, transport, victim, mode):
+    pair = request.getfixturevalue("mortals_on_gpu" if transport == ON_GPU else "lasting")
+    last = len(pair.groups["sampler"]) - 1
     for name in pair.groups:
         pair.call(name, cases.blank)
-    synchronizer = pair.prepare(SYNC_TIMEOUT_S, mode=mode, transport=TRANSPORTS[transport])
+    synchronizer = pair.prepare(SYNC_TIMEOUT_S, mode=mode, transport=setting_of(transport))
     pair.call("trainer", cases.write, 0)
     synchronizer.sync(0)
     pair.call("trainer", cases.write, 1)
-    strike(pair, tmp_path, transport, victim, 1, signal.SIGSTOP)
+    strike(pair, tmp_path, transport, victim, last, signal.SIGSTOP)
     try:
         told = str(fail_in_time(synchronizer, 1)).partition("\nworker traceback")[0]
         check_served(pair, mode)
     finally:
-        os.kill(pair.processes(victim)[1], signal.SIGCONT)
-    assert ("trainer.r0.1" if victim == "trainer" else "sampler.r1.0") in told
+        os.kill(pair.processes(victim)[last], signal.SIGCONT)
+    assert (f"trainer.r0.{last}" if victim == "trainer" else f"sampler.r{last}.0") in told
     assert any(name in told for name in cases.KINDS)
-    check_served(pair, mode, index=1)
+    check_served(pair, mode, index=last)
     pair.call("trainer", cases.write, 2)
     assert synchronizer.sync(2).num_bytes == synchronizer.plan.num_bytes
     assert not any(pair.differing(2))
-    assert pair.call("sampler", cases.serve) == [cases.value_of("scalar", 2).item()] * 2
+    served = pair.call("sampler", cases.serve)
+    assert served == [cases.value_of("scalar", 2).item()] * (last + 1)
 
 
 def test_who_stops_late_in_a_sync_is_named_alone(lasting, tmp_path):
@@ -159,12 +181,14 @@ def test_syncs_fail_as_long_as_a_rank_stays_away(lasting, tmp_path, transport, v
         ("shared_memory", "sampler", "in_place"),
         ("channel", "trainer", "in_place"),
         ("channel", "sampler", "double"),
+        pytest.param(ON_GPU, "trainer", "double", marks=pytest.mark.gpu),
+        pytest.param(ON_GPU, "sampler", "in_place", marks=pytest.mark.gpu),
     ],
 )
-def test_a_rank_that_dies_is_named_and_leaves_nothing(mortals, tmp_path, transport, victim, mode):
-    pair = mortals
+def test_a_rank_that_dies_is_named_and_leaves_nothing(request, tmp_path, transport, victim, mode):
+    pair = request.getfixturevalue("mortals_on_gpu" if transport == ON_GPU else "mortals")
     numbers = [number for name in pair.groups for number in pair.processes(name)]
-    synchronizer = pair.prepare(SYNC_TIMEOUT_S, mode=mode, transport=TRANSPORTS[transport])
+    synchronizer = pair.prepare(SYNC_TIMEOUT_S, mode=mode, transport=setting_of(transport))
     pair.call("trainer", cases.write, 0)
     synchronizer.sync(0)
     pair.call("trainer", cases.write, 1)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import pytest
 import sync_cases as cases
+import torch
 
 from chatlearn.errors import SyncError, WorkerError
 from chatlearn.runtime.local_backend import LocalBackend
 from chatlearn.sync.transport import spoil_weights
 
-# By transport: the setting, and the nodes that trainer's ranks and samplers claim to be on.
+# By transport: the setting, and the nodes that trainer's ranks and samplers claim to be on. Those
+# named after it need a GPU, which both models share.
 PLACES = {
     "local": ("auto", {}),
     "shared_memory": ("auto", {"trainer": "aa", "sampler": "aaa"}),
     "channel": ("collective", {"trainer": "aa", "sampler": "aaa"}),
     "mixed": ("auto", {"trainer": "aa", "sampler": "abb"}),
+    "cuda_local": ("auto", {}),
+    "cuda_ipc": ("auto", {"trainer": "a", "sampler": "a"}),
 }
+ON_GPU = ("cuda_local", "cuda_ipc")
 MODES = ("in_place", "double")
 QUICK = {("local", "in_place"), ("local", "double"), ("shared_memory", "in_place")}
 QUICK |= {("channel", "double"), ("mixed", "in_place")}
@@ -23,9 +28,12 @@ QUICK |= {("channel", "double"), ("mixed", "in_place")}
 PAIRS = [
     pytest.param(name, mode, marks=() if (name, mode) in QUICK else pytest.mark.long)
     for name in PLACES
+    if name not in ON_GPU
     for mode in MODES
 ]
+PAIRS += [pytest.param(name, mode, marks=pytest.mark.gpu) for name in ON_GPU for mode in MODES]
 MIB = 1 << 20
+MOST_GROWTH = {"files": 0, "threads": 0, "children": 0, "bytes": 5 * MIB, "device bytes": 5 * MIB}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,16 @@ def sync_workers(_ray_head, tmp_path_factory):
         yield pair
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(scope="module")
+def gpu_workers(_ray_head, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu_workers")
+    with cases.pair_on_ray(_ray_head, folder, num_sources=1, num_destinations=1, gpus=1) as pair:
+        yield pair
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.gpu if name in ON_GPU else ()) for name in PLACES]
+)
 def transport(request):
     return request.param
 
@@ -44,12 +61,14 @@ def transport(request):
 @pytest.fixture
 def pair(request, tmp_path, transport):
     setting, nodes = PLACES[transport]
+    if transport in ON_GPU and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     if not nodes:
         pair = cases.Pair(LocalBackend(), tmp_path, 1, 1)
         yield pair
         pair.close()
         return
-    pair = request.getfixturevalue("sync_workers")
+    pair = request.getfixturevalue("gpu_workers" if transport in ON_GPU else "sync_workers")
     pair.transport = setting
     for name, places in nodes.items():
         pair.call(name, cases.blank)
@@ -262,7 +281,7 @@ def find_growth(before, after):
     return [
         (what, old, new)
         for old, new in zip(before, after, strict=True)
-        for what, most in (("files", 0), ("threads", 0), ("children", 0), ("bytes", 5 * MIB))
+        for what, most in MOST_GROWTH.items()
         if new[what] - old[what] > most
     ]
 
@@ -284,6 +303,7 @@ def check_nothing_leaks(pair, work):
     [
         "shared_memory",
         *(pytest.param(name, marks=pytest.mark.long) for name in ("channel", "mixed")),
+        pytest.param("cuda_ipc", marks=pytest.mark.gpu),
     ],
     indirect=True,
 )

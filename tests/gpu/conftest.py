@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("contract", "integration")]
 
 
 @pytest.fixture
