@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 VENV_BENCH ?= .venv-bench
 TORCH_CPU ?= torch==2.13.0
+# The interpreter needs an older numpy than the rest.
+KERNELS := .venv-kernels
 FAULTS := tests/integration/faults tests/contract/test_sync_faults.py
 NO_FAULTS := $(addprefix --ignore=,$(FAULTS))
 export VENV_BENCH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-recovery test-faults test-long check bench-setup bench bench-docs format docs clean
+.PHONY: help setup demo test test-recovery test-faults test-long test-kernels test-gpu check bench-setup bench bench-docs format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,7 +27,7 @@ demo: setup ## Watch PPO teach a small model to add (ALGO=ppo|grpo, REWARD=rule|
 	@$(BIN)/python -m scripts.demo.run --algo "$(or $(ALGO),ppo)" --reward "$(or $(REWARD),rule)" \
 		--seed "$(or $(SEED),0)" $(ARGS)
 
-test test-recovery test-faults test-long: export OMP_NUM_THREADS ?= 1
+test test-recovery test-faults test-long test-kernels: export OMP_NUM_THREADS ?= 1
 
 test: setup ## Run the tests (no GPU needed), but for those of test-recovery
 ifdef ARGS
@@ -44,6 +46,16 @@ test-faults: setup ## Let twelve faults happen to a tiny PPO run, at every stage
 test-long: setup ## Run the long forms of the tests: faults in every mode, thousands of random plans
 	@$(BIN)/python -m pytest -m long --timeout 900 $(ARGS)
 	@CHATLEARN_TEST_EXAMPLES=3000 $(BIN)/python -m pytest --timeout 1800 tests/unit/sync $(ARGS)
+
+test-kernels: setup ## Run the kernels for GPUs on the CPU, by Triton's interpreter
+	@[ -d $(KERNELS) ] || $(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS) \
+		'triton==3.6.0' 'numpy<2.4'
+	@TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest --timeout 600 \
+		tests/contract/test_kernels.py tests/contract/test_megatron_generation.py \
+		-k "test_kernels or (full_forward and not bf16)" $(ARGS)
+
+test-gpu: setup ## Run what needs a GPU
+	@$(BIN)/python -m pytest -m gpu tests $(ARGS)
 
 check: setup ## Lint, types, layers
 	@$(BIN)/ruff format --check .

@@ -104,19 +104,19 @@ TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """The weights of a layer; norms are the modules' own functions.
+    """The weights of a layer, and its norms.
 
     `context_norm` and `output_norm` are those behind attention and MLP, which few models have.
     """
 
     number: int
-    attention_norm: TensorFunction
+    attention_norm: FusedNorm
     qkv: DenseLinear
     query_norm: TensorFunction | None
     key_norm: TensorFunction | None
     projection: DenseLinear
     softmax_scale: float | None
-    mlp_norm: TensorFunction
+    mlp_norm: FusedNorm
     fc1: DenseLinear
     fc2: DenseLinear
     is_windowed: bool
@@ -135,13 +135,13 @@ class DenseLayer:
         )
         return cls(
             layer.layer_number,
-            layer.input_layernorm.forward,
+            layer.input_layernorm,
             DenseLinear.of(attention.linear_qkv),
             query_norm,
             key_norm,
             DenseLinear.of(attention.linear_proj),
             attention.core_attention.softmax_scale,
-            layer.pre_mlp_layernorm.forward,
+            layer.pre_mlp_layernorm,
             DenseLinear.of(mlp.linear_fc1),
             DenseLinear.of(mlp.linear_fc2),
             attention.core_attention.is_windowed,

@@ -3,7 +3,7 @@
 
 Each saves what its gradient needs and nothing else, and writes where its result belongs: autograd
 over the plain formulas would keep and copy every intermediate tensor. On a GPU each is one kernel,
-torch's own or one that torch's compiler makes.
+torch's own or, where Triton is there, one of `megatron_adapters/kernels/`.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_adapters.compiled import compile_on_gpu
+from megatron_adapters.kernels.availability import can_run_kernels
 
-__all__ = ["SwiGLU", "gate_on_gpu", "gelu_tanh", "rms_norm", "rotate", "swiglu"]
+__all__ = ["SwiGLU", "gelu_tanh", "rms_norm", "rotate", "swiglu"]
 
 
 def rms_norm(
@@ -101,8 +101,10 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_and_up)
-        if gate_and_up.is_cuda:
-            return gate_on_gpu(gate_and_up)
+        if can_run_kernels(gate_and_up):
+            from megatron_adapters.kernels.elementwise import gate as gate_by_kernel
+
+            return gate_by_kernel(gate_and_up)
         gate, up = gate_and_up.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
@@ -110,8 +112,10 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         (gradient,) = gradients
         (gate_and_up,) = ctx.saved_tensors
-        if gate_and_up.is_cuda:
-            return _gate_backward_on_gpu(gate_and_up, gradient)
+        if can_run_kernels(gate_and_up):
+            from megatron_adapters.kernels.elementwise import gate_backward
+
+            return gate_backward(gate_and_up, gradient)
         gate, up = gate_and_up.chunk(2, dim=-1)
         result = torch.empty_like(gate_and_up)
         gate_gradient, up_gradient = result.chunk(2, dim=-1)
@@ -119,21 +123,6 @@ class _SwiGLU(torch.autograd.Function):
         slope = torch.mul(gradient, up)
         torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=gate_gradient)
         return result
-
-
-@compile_on_gpu
-def gate_on_gpu(gate_and_up: torch.Tensor) -> torch.Tensor:
-    """`swiglu` without a gradient."""
-    gate, up = gate_and_up.float().chunk(2, dim=-1)
-    return (functional.silu(gate) * up).to(gate_and_up.dtype)
-
-
-@compile_on_gpu
-def _gate_backward_on_gpu(gate_and_up: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_and_up.float().chunk(2, dim=-1)
-    slope, share = gradient.float(), gate.sigmoid()
-    inner = slope * up * share * (1.0 + gate * (1.0 - share))
-    return torch.cat([inner, slope * gate * share], dim=-1).to(gate_and_up.dtype)
 
 
 def rotate(
@@ -180,8 +169,10 @@ def _turn(
     *,
     is_interleaved: bool,
 ) -> torch.Tensor:
-    if heads.is_cuda and not is_interleaved:
-        return _turn_on_gpu(heads, cos, sin if sign > 0 else -sin)
+    if can_run_kernels(heads) and not is_interleaved:
+        from megatron_adapters.kernels.elementwise import turn
+
+        return turn(heads, cos, sin, sign)
     angles = cos.shape[-1]
     turned = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     turned[..., 2 * angles :] = heads[..., 2 * angles :]
@@ -191,15 +182,6 @@ def _turn(
     torch.mul(one, cos, out=out_one).addcmul_(two, sin, value=-sign)
     torch.mul(two, cos, out=out_two).addcmul_(one, sin, value=sign)
     return turned
-
-
-@compile_on_gpu
-def _turn_on_gpu(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    angles = cos.shape[-1]
-    cos, sin = cos.to(heads.dtype).float(), sin.to(heads.dtype).float()
-    one, two = heads[..., :angles].float(), heads[..., angles : 2 * angles].float()
-    turned = torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(heads.dtype)
-    return torch.cat([turned, heads[..., 2 * angles :]], dim=-1)
 
 
 def _pairs(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from megatron_adapters.dense_layers import DenseLayer, DenseLinear, TensorFunction, is_dense
-from megatron_adapters.fused import gate_on_gpu
+from megatron_adapters.kernels.availability import can_run_kernels
 from megatron_adapters.kv_cache import CacheView
 from megatron_adapters.packed_products import PackedProducts
 from megatron_adapters.rotary import build_doubled_angles
@@ -83,6 +83,8 @@ class DenseProgram:
             if tables.local is not None:
                 self._local_rotary = _Rotary(tables.local, _dtype(model))
 
+        self._fits_kernels = all(_fits_kernels(layer) for layer in self._layers)
+
     def prepare(self, num_rows: int) -> None:
         """See `StageProgram.prepare`."""
         linears = (
@@ -115,15 +117,17 @@ class DenseProgram:
 
     def run_layers(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
         """See `StageProgram.run_layers`."""
+        if view.decodes_only and self._fits_kernels and can_run_kernels(hidden):
+            return self._run_kernels(hidden, view)
         angles = None if self._rotary is None else self._rotary.at(view.positions)
         local = angles
         if self._local_rotary is not None:
             local = self._local_rotary.at(view.positions)
         for layer in self._layers:
             turned = local if layer.is_windowed else angles
-            change = self._attend(layer, layer.attention_norm(hidden), view, turned)
+            change = self._attend(layer, layer.attention_norm.forward(hidden), view, turned)
             hidden += change if layer.context_norm is None else layer.context_norm(change)
-            change = self._apply_mlp(layer, layer.mlp_norm(hidden))
+            change = self._apply_mlp(layer, layer.mlp_norm.forward(hidden))
             hidden += change if layer.output_norm is None else layer.output_norm(change)
         return hidden
 
@@ -139,6 +143,45 @@ class DenseProgram:
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
         return gather_from_tensor_model_parallel_region(logits, group=self._tensor_group)
+
+    def _run_kernels(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
+        """The layers of a pass in which all tokens decode, by kernels made for that."""
+        from megatron_adapters.kernels.decoding import (
+            add_and_normalize,
+            attend_rows,
+            turn_and_write,
+        )
+
+        change = None
+        for layer in self._layers:
+            norm = layer.attention_norm
+            normed = add_and_normalize(hidden, change, norm.weight, norm.eps)
+            mixed = self._products.linear(normed, layer.qkv.weight, layer.qkv.bias)
+            rotary = self._local_rotary if layer.is_windowed else None
+            rotary = rotary or self._rotary
+            keys, values = view.layer_cache(layer.number)
+            query = turn_and_write(
+                mixed.view(len(hidden), self._groups, -1, self._size),
+                None if rotary is None else rotary.tables,
+                view.positions,
+                view.slots,
+                keys,
+                values,
+            )
+            context = attend_rows(
+                query,
+                keys,
+                values,
+                view.positions,
+                layer.softmax_scale or self._size**-0.5,
+                longest=view.longest,
+                window=view.window if layer.is_windowed else None,
+            )
+            change = self._project(context, layer.projection)
+            norm = layer.mlp_norm
+            normed = add_and_normalize(hidden, change, norm.weight, norm.eps)
+            change = self._apply_mlp(layer, normed)
+        return hidden if change is None else hidden.add_(change)
 
     def _attend(
         self, layer: DenseLayer, hidden: torch.Tensor, view: CacheView, angles: _Angles | None
@@ -173,8 +216,10 @@ class DenseProgram:
             gate, up = wide.chunk(2)
             return self._project(self._activation(gate).mul_(up).t(), layer.fc2)
         wide = self._products.linear(hidden, layer.fc1.weight, layer.fc1.bias)
-        if self._is_gated and self._activation is functional.silu and wide.is_cuda:
-            wide = gate_on_gpu(wide)
+        if self._is_gated and self._activation is functional.silu and can_run_kernels(wide):
+            from megatron_adapters.kernels.elementwise import gate
+
+            wide = gate(wide)
         elif self._is_gated:
             gate, up = wide.chunk(2, -1)
             wide = self._activation(gate).mul_(up)
@@ -264,9 +309,13 @@ class _Rotary:
     Args:
         angles: [positions, pairs] float32.
         dtype: of the hidden states.
+
+    Attributes:
+        tables: cosines and sines, [positions, pairs] each.
     """
 
     def __init__(self, angles: torch.Tensor, dtype: torch.dtype) -> None:
+        self.tables = angles.cos().to(dtype), angles.sin().to(dtype)
         angles = build_doubled_angles(angles, is_interleaved=False)
         sign = torch.ones_like(angles[0])
         sign[: len(sign) // 2] = -1.0
@@ -275,6 +324,14 @@ class _Rotary:
 
     def at(self, positions: torch.Tensor) -> _Angles:
         return _Angles(self._cosine[positions], self._sine[positions])
+
+
+def _fits_kernels(layer: DenseLayer) -> bool:
+    """Whether a layer is of the usual parts, for which there are kernels."""
+    norms = (layer.attention_norm, layer.mlp_norm)
+    others = (layer.query_norm, layer.key_norm, layer.context_norm, layer.output_norm)
+    is_plain = all(norm.bias is None and not norm.is_zero_centered for norm in norms)
+    return is_plain and all(norm is None for norm in others)
 
 
 def _output_weight(model: Any) -> torch.Tensor:

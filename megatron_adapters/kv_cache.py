@@ -84,7 +84,6 @@ class CacheView:
         num_rows: tokens that decode; they come first, for the slots from 0 on.
         longest: keys that the longest of these sees.
         column: the position of all of these, if it is the same.
-        bias: [rows, 1, 1, longest], 0 where a row may look, else -inf; None: everywhere.
         groups: the chunks, in the order of their tokens.
         wanted: places of the tokens whose logits are wanted; None: all.
         window: in layers with a sliding window, how many earlier tokens one sees; None: there are
@@ -102,7 +101,6 @@ class CacheView:
     num_rows: int
     longest: int
     column: int | None
-    bias: torch.Tensor | None
     groups: tuple[ChunkGroup, ...]
     wanted: torch.Tensor | None
     window: int | None = None
@@ -123,7 +121,7 @@ class CacheView:
         """View of a pass."""
         num_rows = 0 if rows is None else rows.token_ids.shape[0]
         packed = PackedChunks.build(chunks, num_rows, device)
-        longest, column, bias = 0, None, None
+        longest, column = 0, None
         if rows is None:
             token_ids, positions, slots = packed.token_ids, packed.positions, packed.slots
         else:
@@ -132,8 +130,6 @@ class CacheView:
             longest = rows.longest
             if rows.is_even:
                 column = longest - 1
-            else:
-                bias = row_bias(positions, longest, cache.keys[0].dtype)
             if chunks:
                 token_ids = torch.cat([token_ids, packed.token_ids])
                 positions = torch.cat([positions, packed.positions])
@@ -151,7 +147,6 @@ class CacheView:
             num_rows,
             longest,
             column,
-            bias,
             packed.groups,
             wanted,
             window,
@@ -173,7 +168,6 @@ class CacheView:
 
         Row i reads slot i; it writes to `slots[i]`, which is another for rows that only fill up.
         """
-        bias = row_bias(positions, longest, cache.keys[0].dtype)
         count = token_ids.shape[0]
         return cls(
             cache,
@@ -184,11 +178,24 @@ class CacheView:
             count,
             longest,
             None,
-            bias,
             (),
             None,
             window,
         )
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether each token is one of a row that decodes."""
+        return not self.groups
+
+    def layer_cache(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, [slots, groups, length, size] each.
+
+        Args:
+            layer_number: Megatron's, counted from 1 over the whole model.
+        """
+        layer = self.layer_index[layer_number]
+        return self.cache.keys[layer], self.cache.values[layer]
 
     def attend(
         self,
@@ -213,8 +220,7 @@ class CacheView:
         Returns:
             [packed, heads * value size].
         """
-        layer = self.layer_index[layer_number]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self.layer_cache(layer_number)
         self._write(keys, key)
         self._write(values, value)
         count = self.num_rows
@@ -233,7 +239,11 @@ class CacheView:
 
     @cached_property
     def _rows(self) -> _SeenKeys:
-        return _SeenKeys(0, self.longest, self.bias, self.cache.keys[0].shape[1])
+        keys = self.cache.keys[0]
+        bias = None
+        if self.column is None:
+            bias = row_bias(self.positions[: self.num_rows], self.longest, keys.dtype)
+        return _SeenKeys(0, self.longest, bias, keys.shape[1])
 
     @cached_property
     def _window_rows(self) -> _SeenKeys:

@@ -22,7 +22,7 @@ from megatron_adapters.vocab_parallel import score_tokens
 __all__ = ["PackedModel", "ScalarHead"]
 
 # Logits that are alive at once; beyond it they are made in chunks, and again for the gradient.
-_MOST_LOGIT_BYTES = 1 << 27
+_MOST_LOGIT_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 
 
 class ScalarHead(nn.Module):
@@ -182,7 +182,7 @@ class PackedModel(GPTModel):
         """[1 or 2, reads] of the read hidden states [reads, hidden]."""
         targets = batch.targets if len(batch.targets) else batch.targets.new_zeros(1)
         share = self.vocab_size // self.config.tensor_model_parallel_size
-        most = max(1, _MOST_LOGIT_BYTES // (4 * share))
+        most = max(1, _MOST_LOGIT_BYTES[hidden.device.type] // (4 * share))
         if len(hidden) <= most:
             return self._score_chunk(hidden, targets, batch.temperature)
         parts: list[Any] = []

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_adapters.kernels.availability import can_run_kernels
+
 __all__ = ["TokenScores", "score_tokens"]
 
 
@@ -49,7 +51,10 @@ def score_tokens(
     """
     first = group.rank() * logits.shape[-1]
     scale = 1.0 / (temperature or 1.0)
-    scores = _ScoreTokens.apply(logits, targets, scale, first, vocab_size, group, has_entropy)
+    kind = _ScoreTokens
+    if can_run_kernels(logits):
+        kind = _ScoreTokensByKernel
+    scores = kind.apply(logits, targets, scale, first, vocab_size, group, has_entropy)
     return TokenScores(scores[0], scores[1] if has_entropy else None)
 
 
@@ -107,6 +112,63 @@ class _ScoreTokens(torch.autograd.Function):
         if ctx.scale != 1.0:
             gradient *= ctx.scale
         return gradient.to(ctx.dtype), None, None, None, None, None, None
+
+
+class _ScoreTokensByKernel(torch.autograd.Function):
+    """The same on a GPU, without a copy of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        scale: float,
+        first: int,
+        vocab_size: int,
+        group: dist.ProcessGroup,
+        has_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from megatron_adapters.kernels.scores import sum_up_logits
+
+        share = logits.shape[-1]
+        table = logits.reshape(-1, share).contiguous()
+        local = targets.reshape(-1) - first
+        num_real = max(0, min(share, vocab_size - first))
+        own_peak, sums = sum_up_logits(table, local, scale, num_real)
+        peak = own_peak
+        if group.size() > 1:
+            peak = own_peak.clone()
+            _reduce(peak, group, dist.ReduceOp.MAX)
+            lift = own_peak - peak
+            is_here = (local >= 0) & (local < share)
+            sums[2] += sums[0] * lift
+            sums[0::2] *= lift.exp()
+            sums[1] += torch.where(is_here, lift, 0.0)
+            _reduce(sums, group, dist.ReduceOp.SUM)
+        mass, picked, slope = sums
+        log_mass = mass.log()
+        entropy = log_mass - slope / mass
+        ctx.save_for_backward(table, local, log_mass + peak, entropy)
+        ctx.scale, ctx.num_real, ctx.shape = scale, num_real, logits.shape
+        ctx.has_entropy = has_entropy
+        return (picked - log_mass).view(targets.shape), entropy.view(targets.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        from megatron_adapters.kernels.scores import write_gradient
+
+        table, local, log_mass, entropy = ctx.saved_tensors
+        given, slope = (gradient.reshape(-1) for gradient in gradients)
+        found = write_gradient(
+            table,
+            local,
+            log_mass,
+            entropy if ctx.has_entropy else None,
+            (given, slope),
+            ctx.scale,
+            ctx.num_real,
+        )
+        return found.view(ctx.shape), None, None, None, None, None, None
 
 
 def _reduce(tensor: torch.Tensor, group: dist.ProcessGroup, operation: Any) -> None:

@@ -17,11 +17,12 @@ from chatlearn.errors import DataError
 from chatlearn.generation.prompts import group_by_prompt
 from chatlearn.generation.sampling import SampledTokens, SamplingParams, sample_tokens
 from chatlearn.generation.slot_schedule import SlotSchedule
-from chatlearn.generation.slot_state import SlotState
+from chatlearn.generation.slot_state import FinishedSlots, SlotState
 
 if TYPE_CHECKING:
     from chatlearn.data.rows import RowId
     from chatlearn.generation.contract import ModelRunner
+    from chatlearn.generation.prompts import Sample
 
 __all__ = ["GenerationRequest", "GenerationResult", "Generator"]
 
@@ -51,6 +52,14 @@ class GenerationResult:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose outcome has not been looked at: its sequences by slot, and who finished."""
+
+    running: tuple[Sample, ...]
+    finished: FinishedSlots
+
+
 class Generator:
     """Generates with one model.
 
@@ -63,6 +72,9 @@ class Generator:
         prefill_chunk_tokens: prompt tokens that go through the model in one step, at most.
         is_deterministic: go through the requests in waves of row order, so that batches and with
             them all rounding are the same from run to run, in whatever order requests arrive.
+        looks_ahead: begin a step before it is known who finished in the one before, so that a GPU
+            need not wait for the host; each sequence then takes part in one step too many, which
+            does not count. None: on a GPU.
     """
 
     def __init__(
@@ -75,7 +87,9 @@ class Generator:
         *,
         prefill_chunk_tokens: int = 2048,
         is_deterministic: bool = False,
+        looks_ahead: bool | None = None,
     ) -> None:
+        self._looks_ahead = runner.device.type == "cuda" if looks_ahead is None else looks_ahead
         self._runner = runner
         self._params = params
         self._stop = tuple(stop_token_ids)
@@ -107,8 +121,13 @@ class Generator:
             in_waves=self._is_deterministic,
         )
         done: dict[int, GenerationResult] = {}
+        before: _Launched | None = None
         while schedule.has_work:
-            self._step(schedule, state, done)
+            launched = self._step(schedule, state)
+            due = before if self._looks_ahead else launched
+            before = launched
+            if due is not None:
+                self._finish(due, schedule, state, done)
         return [done[index] for index in range(len(requests))]
 
     def _limit(self, request: GenerationRequest) -> int:
@@ -121,10 +140,8 @@ class Generator:
             )
         return min(room, self._max_new_tokens)
 
-    def _step(
-        self, schedule: SlotSchedule, state: SlotState, done: dict[int, GenerationResult]
-    ) -> None:
-        """Admit, run the model once, sample, and let finished sequences leave."""
+    def _step(self, schedule: SlotSchedule, state: SlotState) -> _Launched | None:
+        """Admit, run the model once, and sample; None where no sequence decodes yet."""
         schedule.admit()
         chunks = schedule.next_chunks()
         rows = schedule.decode_rows(state)
@@ -134,13 +151,29 @@ class Generator:
         if joined.sequences:
             state.add(schedule.num_running - len(joined.sequences), joined.sequences)
         if schedule.num_running == 0:
-            return
+            return None
         sampled = self._sample(joined.logits, state, schedule.num_running)
         finished = state.record(sampled, schedule.num_running)
         schedule.count_step()
-        if not finished:
+        return _Launched(tuple(schedule.running), finished)
+
+    def _finish(
+        self,
+        launched: _Launched,
+        schedule: SlotSchedule,
+        state: SlotState,
+        done: dict[int, GenerationResult],
+    ) -> None:
+        """Let the sequences leave that a step has finished."""
+        found = launched.finished.read()
+        if not found:
             return
-        for response in state.read(finished):
+        # They may have another slot by now, or have left after the step before.
+        ended = {id(launched.running[slot]) for slot in found}
+        slots = [slot for slot, each in enumerate(schedule.running) if id(each) in ended]
+        if not slots:
+            return
+        for response in state.read(slots):
             sample = schedule.running[response.slot]
             done[sample.index] = GenerationResult(
                 sample.request.row_id,
@@ -148,7 +181,7 @@ class Generator:
                 response.logprobs,
                 "stop" if response.has_stopped else "length",
             )
-        moves = schedule.leave(finished)
+        moves = schedule.leave(slots)
         self._runner.copy_slots(moves.copies)
         if moves.sources:
             state.move(moves.sources, moves.targets)

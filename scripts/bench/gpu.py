@@ -47,7 +47,7 @@ ONE_BILLION = Shape(
     vocab_size=32000,
     max_sequence_length=2048,
 )
-_PROMPT, _NEW = 128, 128
+_PROMPT, _NEW = 16, 240
 _BF16_BYTES = 2
 
 

@@ -63,6 +63,10 @@ NOT_STRICT = {
     "scripts/fuzzing/checkpoint_cases.py",
 }
 
+# Triton is not installed where types are checked, and gives kernels none.
+UNTYPED = "basic, reportMissingImports=false, reportIndexIssue=false"
+KERNELS = {f"megatron_adapters/kernels/{name}.py" for name in ("decoding", "elementwise", "scores")}
+
 
 def test_pyright_is_strict_wherever_no_file_is_listed():
     text = (ROOT / "pyproject.toml").read_text("utf-8")
@@ -78,4 +82,5 @@ def test_the_files_that_are_not_strict_are_those_listed():
             kinds = COMMENT.findall(path.read_text("utf-8"))
             if kinds:
                 found[str(path.relative_to(ROOT))] = kinds
-    assert found == {name: [STANDARD] for name in NOT_STRICT}
+    expected = {name: [STANDARD] for name in NOT_STRICT} | {name: [UNTYPED] for name in KERNELS}
+    assert found == expected

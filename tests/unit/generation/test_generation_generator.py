@@ -236,3 +236,19 @@ def test_a_prompt_without_room_names_its_row(tokens):
 def test_a_runner_of_one_rank_needs_the_sampled_tokens():
     with pytest.raises(ValueError, match="samples all 2 tokens itself"):
         TorchModelRunner(Countdown(), VOCAB, 2, 4).exchange_tokens(None, None, 2)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 32])
+@pytest.mark.parametrize("in_waves", [False, True])
+@pytest.mark.parametrize("new", [1, 2, 8, 13])
+def test_looking_ahead_changes_no_response(slots, in_waves, new):
+    options = {"new": new, "max_length": 13, "is_deterministic": in_waves}
+    plain, _ = generator(CausalModel(), slots=4, **options)
+    ahead, runner = generator(CausalModel(), slots=slots, looks_ahead=True, **options)
+    for asked in (REQUESTS, REQUESTS[::-1], REQUESTS[2:5]):
+        wanted, found = plain.generate(asked), ahead.generate(asked)
+        assert tokens_by_row(found) == tokens_by_row(wanted)
+        assert [r.finish_reason for r in found] == [r.finish_reason for r in wanted]
+        for one, other in zip(wanted, found, strict=True):
+            torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
+    assert all(count <= slots for _, count in runner.passes)

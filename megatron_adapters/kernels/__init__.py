@@ -1,0 +1,1 @@
+"""Kernels of our own for GPUs, in Triton, each beside the plain torch code that it stands for."""
