@@ -14,7 +14,12 @@ from chatlearn.errors import CheckpointError
 from megatron_adapters.checkpoint_reader import describe_damage, read_checkpoint
 from megatron_adapters.checkpoint_writer import RankSave, StagingArea, plan_save
 from megatron_adapters.model_building import unwrap
-from megatron_adapters.patches.adam_state import allocate_state, separate_steps
+from megatron_adapters.patches.adam_state import (
+    allocate_state,
+    fuse_updates,
+    inner_optimizers,
+    separate_steps,
+)
 from megatron_adapters.saved_metadata import check_metadata, read_metadata
 from megatron_adapters.training import TrainingState
 
@@ -117,9 +122,7 @@ def load_training(folder: str, state: TrainingState) -> int:
     """
     chunks = state.chunks
     content = _weights(chunks)
-    inner = [
-        part.optimizer for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-    ]
+    inner = inner_optimizers(state.optimizer)
     for optimizer in inner:
         allocate_state(optimizer)
     content["optimizer"] = state.optimizer.sharded_state_dict(
@@ -139,6 +142,7 @@ def load_training(folder: str, state: TrainingState) -> int:
         ) from error
     for optimizer in inner:
         separate_steps(optimizer)
+        fuse_updates(optimizer)
     with _refusing(folder):
         state.scheduler.load_state_dict(loaded["scheduler"])
         return int(loaded["iteration"])

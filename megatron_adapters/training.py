@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_adapters.model_config import MegatronSettings
 from megatron_adapters.packing import PackedBatch
 from megatron_adapters.parallel_state import ParallelGroups
+from megatron_adapters.patches.adam_state import fuse_updates, inner_optimizers
 from megatron_adapters.pipeline import MicroBatchResult, run_forward_backward
 
 __all__ = [
@@ -69,6 +70,8 @@ def build_training_state(
     from megatron.core.optimizer import get_megatron_optimizer
 
     optimizer = get_megatron_optimizer(settings.optimizer, list(chunks))
+    for inner in inner_optimizers(optimizer):
+        fuse_updates(inner)
     config = settings.transformer
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads

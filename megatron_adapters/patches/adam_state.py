@@ -1,9 +1,11 @@
-"""torch's Adam under Megatron's distributed optimizer: its state survives a checkpoint.
+"""torch's Adam under Megatron's optimizers: one pass a step, and state that survives a checkpoint.
 
 Seen in megatron-core 0.16.1 with torch's Adam (no Transformer Engine, no Apex):
 - before the first step there is no state, which `state_dict()` needs: `allocate_state`;
 - parameter states are copied key by key, and the step count is not among what is loaded:
   `apply` leaves it out;
+- Megatron leaves torch's choice of code as it is, which on a CPU is a dozen passes over memory, and
+  elsewhere several: `fuse_updates`;
 - after a load all parameters share one `step` tensor, and Adam then counts it up once for every
   parameter, so training drifts in silence: `separate_steps`.
 """
@@ -15,7 +17,7 @@ import torch
 
 from megatron_adapters.patches.guard import expect_source
 
-__all__ = ["allocate_state", "apply", "separate_steps"]
+__all__ = ["allocate_state", "apply", "fuse_updates", "inner_optimizers", "separate_steps"]
 
 
 def apply() -> None:
@@ -38,6 +40,22 @@ def apply() -> None:
     optimizer._set_main_param_and_optimizer_states = copy_without_step
 
 
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """Torch's optimizers within Megatron's; None for parts without parameters."""
+    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+
+
+def fuse_updates(optimizer: Any) -> None:
+    """Let a torch Adam read and write each number once a step; call before its first step.
+
+    Args:
+        optimizer: any optimizer; nothing happens to other kinds.
+    """
+    if isinstance(optimizer, torch.optim.Adam):
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+
 def allocate_state(optimizer: Any) -> None:
     """Give a torch Adam that has not stepped yet the state that its first step would make.
 
@@ -49,19 +67,19 @@ def allocate_state(optimizer: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
 
 def separate_steps(optimizer: Any) -> None:
-    """Give every parameter a `step` tensor of its own again; call after loading state.
+    """Give every parameter a `step` tensor of its own again, beside it; call after loading state.
 
     Args:
         optimizer: a torch optimizer.
     """
-    for state in optimizer.state.values():
+    for parameter, state in optimizer.state.items():
         step = state.get("step")
         if isinstance(step, torch.Tensor):
-            state["step"] = step.clone()
+            state["step"] = step.to(parameter.device, copy=True)
