@@ -146,7 +146,11 @@ def plan_run(
         inventory = discover_inventory(config, may_join=may_join)
     else:
         inventory = assume_inventory(config, assume_devices)
-    placement = plan_placement(requests, config.runtime.colocation_groups, inventory)
+    colocation = config.runtime.colocation_groups
+    if config.runtime.backend == "local" and inventory.kind == "gpu":
+        # They live in one process, on its device.
+        colocation = (tuple(flows.modules),)
+    placement = plan_placement(requests, colocation, inventory)
     missing = find_missing_files(config, flows.modules)
     return RunPlan(flows, requests, placement, config, missing, completed.notes)
 

@@ -128,7 +128,10 @@ def attend_rows(
         torch.empty(dims, dtype=torch.float32, device=queries.device)
         for dims in ((*shape, size), shape, shape)
     ]
-    tiles = {"HEADS": max(16, triton.next_power_of_2(heads)), "SIZE": triton.next_power_of_2(size)}
+    tiles = {
+        "HEADS": max(16, triton.next_power_of_2(heads)),
+        "SIZE": max(16, triton.next_power_of_2(size)),
+    }
     _attend_rows[(rows, groups, parts)](
         queries,
         keys,

@@ -161,3 +161,14 @@ def test_a_configured_model_that_no_flow_calls_takes_no_device():
 )
 def test_a_destination_is_synced_at_the_start_and_by_its_frequency(episode, frequency, expected):
     assert synced_in_episode(episode, frequency) is expected
+
+
+def test_the_local_backend_needs_one_gpu_for_all_models(monkeypatch):
+    monkeypatch.setattr("chatlearn.runtime.devices._count_gpus", lambda: 1)
+    flows = build_flows()
+    names = ("policy", "reward", "trainer", "judge")
+    content = {"models": dict.fromkeys(names, {"num_gpu": 1})}
+    with pytest.raises(PlacementError, match="the models ask for 4 GPUs; there are 1"):
+        plan_run(flows, load_config(content))
+    plan = plan_run(flows, load_config({**content, "runtime": {"backend": "local"}}))
+    assert {(place.slot.node, place.slot.device) for place in plan.placement.places} == {(0, 0)}
