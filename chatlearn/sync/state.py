@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from chatlearn.sync.copies import Copy, merge_pulls
 from chatlearn.sync.programs import RankProgram
 from chatlearn.sync.shared_memory import TensorHandle
 
@@ -76,10 +77,16 @@ class Programs:
         self.trained = trained
         self.reserved_bytes = reserved_bytes
         self.shapes = shapes
+        self._full_copies = merge_pulls(full.pulls)
+        self._trained_copies = merge_pulls(trained.pulls) if trained is not None else {}
 
     def of(self, call: SyncCall) -> RankProgram:
         """What this rank does in a sync."""
         return self.full if call.is_full or self.trained is None else self.trained
+
+    def copies_of(self, call: SyncCall) -> Mapping[int, Sequence[Copy]]:
+        """The pulls of a sync, by source, as few copies as they can be."""
+        return self._full_copies if self.of(call) is self.full else self._trained_copies
 
     def close(self) -> None:
         """Nothing is held."""

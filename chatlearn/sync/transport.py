@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from chatlearn.errors import SyncError
 from chatlearn.models.base import BaseModule
 from chatlearn.sync.channel import Channel, MessageError
+from chatlearn.sync.copies import run_copies
 from chatlearn.sync.digest import compute_digests, has_equal_bits
-from chatlearn.sync.programs import NUM_TURNS, Block, Pull, RankProgram
+from chatlearn.sync.programs import NUM_TURNS, Block, RankProgram
 from chatlearn.sync.rank_calls import Failure
 from chatlearn.sync.records import Endpoint
 from chatlearn.sync.shared_memory import OpenedTensors, SharedTensors, TensorHandle
@@ -108,22 +109,23 @@ def pull_early(context: WorkerContext, call: SyncCall) -> None:
     """
     early = context.keep(("sync early", call.key), Early)
     early.close()
-    program = _programs(context, call.key).of(call)
+    programs = _programs(context, call.key)
+    copies = programs.copies_of(call)
     opened = context.keep(("sync opened", call.key), OpenedTensors)
     # After a sync of the changed tensors alone, the others of a full one are not open.
     if any(
-        part.local_name not in opened.tensors(pull.source)
-        for pull in program.pulls
-        for part in pull.source_parts
+        copy.given.local_name not in opened.tensors(source)
+        for source, found in copies.items()
+        for copy in found
     ):
         return
     live = _checked_tensors(context, call)
     targets = _begin(context, call, live)
-    with _all_cores(program):
-        for pull in program.pulls:
-            _copy(pull, opened.tensors(pull.source), targets)
+    with _all_cores(programs.of(call)):
+        for source, found in copies.items():
+            run_copies(found, opened.tensors(source), targets)
     early.call = call
-    early.handles = {pull.source: opened.handles(pull.source) for pull in program.pulls}
+    early.handles = {source: opened.handles(source) for source in copies}
 
 
 def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
@@ -212,10 +214,10 @@ def pull_weights(context: WorkerContext, call: SyncCall, offers: Sequence[Offer]
         return
     early = context.keep(("sync early", call.key), Early)
     with _all_cores(program):
-        for pull in program.pulls:
-            offer = by_index[pull.source]
+        for source, copies in programs.copies_of(call).items():
+            offer = by_index[source]
             if not early.has(call, offer):
-                _copy(pull, _open(context, call.key, offer), targets)
+                run_copies(copies, _open(context, call.key, offer), targets)
     early.close()
     _await_device(context)
     # In a sync of the changed tensors only, the others are here since the last full one.
@@ -289,8 +291,11 @@ def _compare(
     offers: Mapping[int, Offer],
 ) -> None:
     differing: list[str] = []
+    # Once for each source: what it offers may be what is open, which takes a comparison to see.
+    sources = {pull.source for pull in program.pulls}
+    opened = {source: _open(context, key, offers[source]) for source in sources}
     for pull in program.pulls:
-        tensors = _open(context, key, offers[pull.source])
+        tensors = opened[pull.source]
         for given, taken in zip(pull.source_parts, pull.parts, strict=True):
             region = targets[taken.local_name][taken.slices]
             source = tensors[given.local_name][given.slices].view(region.shape)
@@ -305,14 +310,6 @@ def _raise_differing(context: WorkerContext, differing: Sequence[str]) -> None:
             f"after the sync {len(differing)} parts differ on {_label(context)}: "
             f"{'; '.join(differing[:4])}"
         )
-
-
-def _copy(
-    pull: Pull, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
-) -> None:
-    for given, taken in zip(pull.source_parts, pull.parts, strict=True):
-        region = targets[taken.local_name][taken.slices]
-        region.copy_(tensors[given.local_name][given.slices].view(region.shape))
 
 
 @contextmanager

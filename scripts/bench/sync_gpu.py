@@ -27,9 +27,10 @@ from chatlearn.engine.worker_calls import set_up_module
 from chatlearn.runtime.contract import ModelSpec
 from chatlearn.runtime.placement import DeviceInventory, build_requests, plan_placement
 from chatlearn.runtime.ray_backend import RayBackend
+from chatlearn.sync.copies import run_copies
 from chatlearn.sync.programs import build_programs
 from chatlearn.sync.shared_memory import OpenedTensors
-from chatlearn.sync.state import Programs
+from chatlearn.sync.state import Programs, SyncCall
 from chatlearn.sync.synchronizer import SyncSettings, WeightSynchronizer
 from scripts.bench.limits import measure_copy
 from scripts.bench.measures import say
@@ -74,14 +75,11 @@ def time_pulls(context: WorkerContext, key: str) -> float:
     """Seconds in which this rank copies everything that it takes, from mappings that are there."""
     programs = context.keep(("sync programs", key), _missing)
     opened = context.keep(("sync opened", key), OpenedTensors)
-    live = context.module.weight_tensors()
+    live = {name: tensor.detach() for name, tensor in context.module.weight_tensors().items()}
     torch.cuda.synchronize()
     start_s = time.perf_counter()
-    for pull in programs.full.pulls:
-        tensors = opened.tensors(pull.source)
-        for given, taken in zip(pull.source_parts, pull.parts, strict=True):
-            region = live[taken.local_name][taken.slices]
-            region.copy_(tensors[given.local_name][given.slices].view(region.shape))
+    for source, copies in programs.copies_of(SyncCall(key, 0)).items():
+        run_copies(copies, opened.tensors(source), live)
     torch.cuda.synchronize()
     return time.perf_counter() - start_s
 

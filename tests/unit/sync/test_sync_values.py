@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_cases import endpoint, models, shard
 
+from chatlearn.sync.copies import merge_pulls, run_copies
 from chatlearn.sync.plan import plan_sync
 from chatlearn.sync.programs import build_programs
 from chatlearn.sync.records import LINKS
@@ -87,13 +88,11 @@ def region(tensors, part):
     return tensors[part.local_name][part.slices]
 
 
-def copy_parts(given, taken, parts, wire=None):
-    """Copy one message or pull, over a wire of some dtype."""
+def copy_parts(given, taken, parts, wire):
+    """Copy one message, over a wire of some dtype."""
     for one, other in parts:
         value, target = region(given, one), region(taken, other)
-        if wire is not None:
-            value = value.to(getattr(torch, wire))
-        target.copy_(value.reshape(target.shape))
+        target.copy_(value.to(getattr(torch, wire)).reshape(target.shape))
 
 
 def exchange(programs, tensors):
@@ -153,9 +152,8 @@ def check_arrival(sides, seed, size, channel):
     programs = build_programs(plan_sync(sources, destinations, size), CHANNELS[channel])
     exchange(programs, tensors)
     for program in reversed(programs):
-        for pull in program.pulls:
-            parts = zip(pull.source_parts, pull.parts, strict=True)
-            copy_parts(tensors[pull.source], tensors[program.index], parts)
+        for source, copies in merge_pulls(program.pulls).items():
+            run_copies(copies, tensors[source], tensors[program.index])
     for rank, found in zip(destinations, tensors[len(sources) :], strict=True):
         wanted = blank_tensors(rank)
         for held in rank.shards:
