@@ -8,9 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chatlearn.sync import digest
 from chatlearn.sync.digest import compute_digest, compute_digests, has_equal_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float64]
+# As a GPU takes them: what fills rows, words of eight bytes or neither, a panel and more than one.
+SHAPES = [(), (0,), (1,), (3, 5), (7,), (1022,), (2048,), (4, 512), (64, 32), (3, 1000, 2)]
+SHAPES += [(95, 352), (1 << 20,), (2048, 1024), (2049, 1024), (3, 1 << 20)]
+WIDE = [torch.float8_e4m3fn, torch.float16, torch.int64, torch.complex64]
 
 
 def values(count, dtype, seed=0):
@@ -120,6 +125,73 @@ def test_of_tensors_that_are_made_one_by_one_few_are_held():
             del tensor
 
     assert len(set(compute_digests(make()))) == 200
+
+
+def spread_out(tensor, way):
+    """The values in memory that is not dense, or not in order, or begins anywhere."""
+    if way == "strided":
+        return torch.stack([tensor, tensor], -1)[..., 0]
+    if way == "turned":
+        return tensor.movedim(0, -1).contiguous().movedim(-1, 0) if tensor.dim() else tensor
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[-tensor.numel() or 1 :].view(
+        tensor.shape
+    )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *WIDE])
+def test_tensors_that_are_summed_up_together_have_the_digests_of_each_alone(dtype):
+    dense = [
+        values(torch.Size(shape).numel(), dtype, at).view(shape)
+        for at, shape in enumerate(SHAPES * 2)
+    ]
+    ways = ("strided", "turned", "shifted")
+    given_tensors = [*dense, *(spread_out(each, way) for way in ways for each in dense)]
+    wanted = compute_digests(given_tensors, is_stacked=False)
+    assert wanted == [compute_digest(each) for each in given_tensors]
+    assert compute_digests(iter(given_tensors), is_stacked=True) == wanted
+
+
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 9000)), max_size=40), st.data())
+def test_any_lengths_in_stacks_of_any_size(kinds, data):
+    tensors = [values(count, dtype, at) for at, (dtype, count) in enumerate(kinds)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digest, "_STACK_BYTES", data.draw(st.integers(1, 50_000)))
+        patch.setattr(digest, "_PANEL_BYTES", data.draw(st.integers(1, 50_000)))
+        assert compute_digests(tensors, is_stacked=True) == compute_digests(tensors)
+
+
+def test_all_bits_count_in_a_stack():
+    """Values whose products and sums overflow."""
+    draw = torch.Generator().manual_seed(0)
+    blocks = torch.randint(-(2**31), 2**31, (6, 2048, 1024), generator=draw, dtype=torch.int32)
+    blocks[0], blocks[1] = -1, torch.iinfo(torch.int32).min
+    assert compute_digests(blocks, is_stacked=True) == compute_digests(blocks)
+    needs_gradient = torch.ones(5000, requires_grad=True)
+    assert compute_digests([needs_gradient], is_stacked=True) == [compute_digest(needs_gradient)]
+
+
+def test_channels_that_lie_last_are_read_in_their_order():
+    image = values(2 * 3 * 40 * 40, torch.float32).view(2, 3, 40, 40)
+    last = [image.to(memory_format=torch.channels_last)] * 2
+    assert compute_digests(last, is_stacked=True) == [compute_digest(image)] * 2
+
+
+def test_of_blocks_that_wait_only_so_many_are_held():
+    alive = []
+
+    def make():
+        for number in range(60):
+            array = np.full((2, 5000), number, dtype=np.int32)
+            alive.append(weakref.ref(array))
+            assert sum(each() is not None for each in alive) <= 11
+            tensor = torch.from_numpy(array)
+            del array
+            yield tensor
+            del tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digest, "_STACK_BYTES", 10 * 40_000)
+        assert len(set(compute_digests(make(), is_stacked=True))) == 60
 
 
 def test_zeros_of_another_length_differ():
