@@ -1,4 +1,3 @@
-# pyright: standard, reportPrivateImportUsage=false
 """Copies out of another rank's tensors, as few and as large as they can be.
 
 A plan moves buckets of bounded size, so it cuts large tensors to parts, and tensors that lie in

@@ -246,7 +246,8 @@ def _open(storage: tuple[Any, ...], device: torch.device) -> Any:
     kind, *arguments = storage
     if kind == "cpu":
         return torch.frombuffer(_map(*arguments), dtype=torch.uint8).untyped_storage()
-    # The owner's index of the device; here the same device may have another one.
+    torch.cuda.init()
+    # Without the owner's index of the device; here the same device may have another one.
     return untyped._new_shared_cuda(device.index, *arguments[1:])
 
 

@@ -1,4 +1,4 @@
-"""Digests on a GPU are those of the CPU, one by one and many at once; skipped where there is none."""
+"""Digests on a GPU are those of the CPU, one by one and many at once."""
 
 import pytest
 import torch
