@@ -97,7 +97,7 @@ def compute_group_advantages(
     found = cast("Any", groups).unique(return_inverse=True, return_counts=True)
     inverse, counts = cast("torch.Tensor", found[1]), cast("torch.Tensor", found[2])
     size = counts.to(rewards.dtype)[inverse]
-    zeros = torch.zeros(counts.shape[0], dtype=rewards.dtype)
+    zeros = rewards.new_zeros(counts.shape[0])
     mean = zeros.index_add(0, inverse, rewards)[inverse] / size
     centred = rewards - mean
     if normalization == "none":

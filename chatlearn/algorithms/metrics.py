@@ -20,7 +20,7 @@ def explained_variance_sums(
     """
     target = returns[loss_mask].double()
     error = target - values[loss_mask].double()
-    count = torch.tensor(float(target.numel()), dtype=torch.float64)
+    count = torch.tensor(float(target.numel()), dtype=torch.float64, device=target.device)
     sums = (target.sum(), target.square().sum(), error.sum(), error.square().sum())
     return torch.stack([count, *sums])
 
