@@ -7,12 +7,12 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["compute_digest", "compute_digests", "has_equal_bits"]
+__all__ = ["compute_digest", "compute_digests", "has_equal_bits", "hash_tensors"]
 
 # Words of 32 bits in a row, and rows of a panel: 4 KiB and 8 MiB.
 _WIDTH = 1024
@@ -74,6 +74,17 @@ def compute_digests(
         is_stacked = bool(first) and first[0].is_cuda
     every = _put_before(first, left)
     return [_hash(*each) for each in (_add_stacks if is_stacked else _add_each)(every)]
+
+
+def hash_tensors(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """As `compute_digests`, other numbers and a sixth of the time, for tensors on the CPU alone.
+
+    XXH3 of the bytes in row-major order. Where `tensors` makes them one by one, no more than two
+    are alive at a time.
+    """
+    import xxhash
+
+    return [xxhash.xxh3_64_intdigest(cast("Any", _flatten(values)).numpy()) for values in tensors]
 
 
 def has_equal_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -172,9 +183,7 @@ def _sum_up(values: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Number of bytes; column sums of all panels and the words that fill no row, as int64."""
     import torch
 
-    # A single element may keep any stride, which stands in the way of another view.
-    flat = values.detach().contiguous().as_strided((values.numel(),), (1,))
-    raw = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+    raw = _flatten(values)
     num_whole = raw.numel() // (4 * _WIDTH) * (4 * _WIDTH)
     parts: list[torch.Tensor] = []
     if num_whole:
@@ -191,6 +200,15 @@ def _sum_up(values: torch.Tensor) -> tuple[int, torch.Tensor]:
     if not parts:
         parts.append(torch.zeros(0, dtype=torch.int64, device=raw.device))
     return raw.numel(), torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _flatten(values: torch.Tensor) -> torch.Tensor:
+    """The bytes in row-major order; a view where they lie so."""
+    import torch
+
+    # A single element may keep any stride, which stands in the way of another view.
+    flat = values.detach().contiguous().as_strided((values.numel(),), (1,))
+    return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
 
 
 def _sum_columns(panel: torch.Tensor) -> torch.Tensor:

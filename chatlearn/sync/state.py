@@ -28,6 +28,7 @@ class SyncCall:
         checks: `false`: digests of the blocks whose turn it is; `digest`: of all blocks; `full`:
             those and a second pass that compares every element.
         turn: how many syncs have succeeded: decides whose turn it is.
+        is_on_cpu: all weights are in host memory, where digests are cheaper.
         is_check: this is that second pass.
     """
 
@@ -37,6 +38,7 @@ class SyncCall:
     is_double: bool = False
     checks: str = "false"
     turn: int = 0
+    is_on_cpu: bool = False
     is_check: bool = False
 
 

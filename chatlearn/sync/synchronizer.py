@@ -191,6 +191,7 @@ class WeightSynchronizer:
             settings.mode == "double",
             settings.checks,
             self._turn,
+            not any(endpoint.device_id for endpoint in self._prepared.full.endpoints),
         )
         self._must_be_full = True
         is_served = not call.is_double

@@ -24,7 +24,7 @@ from chatlearn.errors import SyncError
 from chatlearn.models.base import BaseModule
 from chatlearn.sync.channel import Channel, MessageError
 from chatlearn.sync.copies import run_copies
-from chatlearn.sync.digest import compute_digests, has_equal_bits
+from chatlearn.sync.digest import compute_digests, has_equal_bits, hash_tensors
 from chatlearn.sync.programs import NUM_TURNS, Block, RankProgram
 from chatlearn.sync.rank_calls import Failure
 from chatlearn.sync.records import Endpoint
@@ -161,7 +161,7 @@ def offer_weights(context: WorkerContext, call: SyncCall) -> Offer:
     if not program.is_destination and not call.is_check:
         frozen = frozenset(context.module.frozen_weights())
         blocks = _chosen(_programs(context, call.key).full, call)
-        digests = _digest(blocks, tensors)
+        digests = _digest(blocks, tensors, call)
     version = context.weights_version
     return Offer(program.index, _label(context), version, handles, lent, digests, frozen)
 
@@ -334,7 +334,7 @@ def _check_digests(
     offers: Mapping[int, Offer],
 ) -> None:
     blocks = _chosen(program, call)
-    own = _digest(blocks, tensors)
+    own = _digest(blocks, tensors, call)
     for block in blocks:
         offer = offers[block.origin]
         if offer.digests.get(block.number) != own[block.number]:
@@ -350,7 +350,9 @@ def _chosen(program: RankProgram, call: SyncCall) -> Sequence[Block]:
     return program.blocks_of_turn(call.turn % NUM_TURNS)
 
 
-def _digest(blocks: Sequence[Block], tensors: Mapping[str, torch.Tensor]) -> dict[int, int]:
+def _digest(
+    blocks: Sequence[Block], tensors: Mapping[str, torch.Tensor], call: SyncCall
+) -> dict[int, int]:
     """Digests by number of the block, in the dtype that both sides compute in."""
     import torch
 
@@ -359,7 +361,8 @@ def _digest(blocks: Sequence[Block], tensors: Mapping[str, torch.Tensor]) -> dic
         for block in blocks
     )
     numbers = (block.number for block in blocks)
-    return dict(zip(numbers, compute_digests(regions), strict=True))
+    compute = hash_tensors if call.is_on_cpu else compute_digests
+    return dict(zip(numbers, compute(regions), strict=True))
 
 
 def _checked_tensors(context: WorkerContext, call: SyncCall) -> Mapping[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.parallel.sockets import open_store
-from chatlearn.sync.digest import compute_digests
+from chatlearn.sync.digest import compute_digests, hash_tensors
 from scripts.bench.sync_gather import FullParameter, is_whole, region_in_full
 
 if TYPE_CHECKING:
@@ -281,8 +281,9 @@ def time_digests(context: WorkerContext, blocks: Sequence[Block]) -> float:
     import torch
 
     live = _weights(context)
+    compute = hash_tensors if context.device.type == "cpu" else compute_digests
     start_s = time.perf_counter()
-    compute_digests(
+    compute(
         live[block.part.local_name][block.part.slices].to(getattr(torch, block.dtype))
         for block in blocks
     )

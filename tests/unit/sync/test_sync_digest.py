@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatlearn.sync import digest
-from chatlearn.sync.digest import compute_digest, compute_digests, has_equal_bits
+from chatlearn.sync.digest import compute_digest, compute_digests, has_equal_bits, hash_tensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float64]
 # As a GPU takes them: what fills rows, words of eight bytes or neither, a panel and more than one.
@@ -30,6 +30,7 @@ def test_equal_values_have_equal_digests_however_they_lie(dtype, count):
     spread = torch.stack([given_values, given_values], 1)[:, 1]
     shifted = torch.cat([values(1, dtype), given_values])[1:]
     assert compute_digest(spread) == compute_digest(given_values) == compute_digest(shifted)
+    assert len(set(hash_tensors(iter([spread, given_values, shifted])))) == 1
 
 
 @given(st.integers(1, 50_000), st.data())
@@ -38,6 +39,7 @@ def test_one_changed_bit_changes_the_digest(count, data):
     second = first.clone()
     second[data.draw(st.integers(0, count - 1))] ^= 1 << data.draw(st.integers(0, 14))
     assert compute_digest(first) != compute_digest(second)
+    assert len(set(hash_tensors([first, second]))) == 2
 
 
 @given(st.integers(2, 50_000), st.data())
@@ -47,10 +49,12 @@ def test_two_values_that_swap_places_change_the_digest(count, data):
     second = first.clone()
     second[one], second[other] = first[other], first[one]
     assert (compute_digest(first) == compute_digest(second)) == (one == other)
+    assert (len(set(hash_tensors([first, second]))) == 1) == (one == other)
 
 
 def check_all_differ(tensors):
     assert len(set(compute_digests(tensors))) == len(tensors)
+    assert len(set(hash_tensors(tensors))) == len(tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
