@@ -70,6 +70,8 @@ class DenseProgram:
         attention = model.decoder.layers[0].self_attention
         self._groups: int = attention.num_query_groups_per_partition
         self._size: int = attention.hidden_size_per_attention_head
+        # Of a group.
+        self._heads: int = attention.num_attention_heads_per_partition // self._groups
         self._tensor_group = attention.pg_collection.tp
         self._is_split = self._tensor_group.size() > 1
         self._is_gated = bool(model.config.gated_linear_unit)
@@ -118,7 +120,10 @@ class DenseProgram:
     def run_layers(self, hidden: torch.Tensor, view: CacheView) -> torch.Tensor:
         """See `StageProgram.run_layers`."""
         if view.decodes_only and self._fits_kernels and can_run_kernels(hidden):
-            return self._run_kernels(hidden, view)
+            from megatron_adapters.kernels.decoding import can_attend_rows
+
+            if can_attend_rows(self._heads, self._size, hidden.dtype):
+                return self._run_kernels(hidden, view)
         angles = None if self._rotary is None else self._rotary.at(view.positions)
         local = angles
         if self._local_rotary is not None:

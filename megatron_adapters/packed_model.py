@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megatron_adapters.attention_plan import AttentionPlan
+from megatron_adapters.kernels.availability import can_run_kernels
 from megatron_adapters.packing import PackedBatch
 from megatron_adapters.rotary import RotaryOptions, RotaryTables
 from megatron_adapters.vocab_parallel import score_tokens
@@ -22,7 +23,9 @@ from megatron_adapters.vocab_parallel import score_tokens
 __all__ = ["PackedModel", "ScalarHead"]
 
 # Logits that are alive at once; beyond it they are made in chunks, and again for the gradient.
-_MOST_LOGIT_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
+_MOST_LOGIT_BYTES = 1 << 27
+# The same where kernels read the logits as they are: nothing is as large beside them.
+_MOST_LOGIT_BYTES_OF_KERNELS = 1 << 30
 
 
 class ScalarHead(nn.Module):
@@ -182,7 +185,10 @@ class PackedModel(GPTModel):
         """[1 or 2, reads] of the read hidden states [reads, hidden]."""
         targets = batch.targets if len(batch.targets) else batch.targets.new_zeros(1)
         share = self.vocab_size // self.config.tensor_model_parallel_size
-        most = max(1, _MOST_LOGIT_BYTES[hidden.device.type] // (4 * share))
+        limit = _MOST_LOGIT_BYTES
+        if can_run_kernels(hidden):
+            limit = _MOST_LOGIT_BYTES_OF_KERNELS
+        most = max(1, limit // (4 * share))
         if len(hidden) <= most:
             return self._score_chunk(hidden, targets, batch.temperature)
         parts: list[Any] = []

@@ -9,24 +9,24 @@ other. Driver side, on a thread of its own.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chatlearn.runtime.worker_ends import kill_workers
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from chatlearn.runtime.contract import WorkerSummary
 
-__all__ = ["Beat", "Heartbeats"]
+__all__ = ["Beat", "Heartbeats", "kill_workers"]
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_INTERVAL_S = 5.0
-_CLOSE_S = 15.0
+_KILL_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Heartbeats:
     def close(self) -> None:
         """End the thread."""
         self._is_closed.set()
-        self._thread.join(_CLOSE_S)
+        self._thread.join(_KILL_S)
 
     def _run(self) -> None:
         import ray
@@ -163,3 +163,33 @@ class Heartbeats:
             kill_workers(silent)
         except Exception as error:  # noqa: BLE001 - a watch must not end the run
             logger.warning("workers that do not answer could not be ended: %s", error)
+
+
+def kill_workers(workers: Collection[WorkerSummary]) -> None:
+    """End workers' processes, also ones that are stopped; nothing where their node is gone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    own_node = ray.get_runtime_context().get_node_id()
+    alive = {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
+    remote: Any = ray.remote(num_cpus=0, max_retries=0)(_kill)
+    asked: dict[Any, WorkerSummary] = {}
+    for worker in workers:
+        if worker.node_id == own_node:
+            _kill(worker.process_id)
+        elif worker.node_id in alive:
+            strategy = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+            task = remote.options(scheduling_strategy=strategy).remote(worker.process_id)
+            asked[task] = worker
+    if asked:
+        _, late = ray.wait(list(asked), num_returns=len(asked), timeout=_KILL_S)
+        hosts = sorted({asked[task].host for task in late})
+        if hosts:
+            logger.warning("%s: nobody answers; workers there count as dead", ", ".join(hosts))
+
+
+def _kill(process_id: int) -> None:
+    try:
+        os.kill(process_id, signal.SIGKILL)
+    except ProcessLookupError:
+        return

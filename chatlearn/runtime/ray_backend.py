@@ -21,14 +21,13 @@ from chatlearn.runtime.contract import (
     WorkerSummary,
 )
 from chatlearn.runtime.explain import explain_workers
-from chatlearn.runtime.heartbeats import Heartbeats
+from chatlearn.runtime.heartbeats import Heartbeats, kill_workers
 from chatlearn.runtime.module_packing import pack_module
 from chatlearn.runtime.ray_errors import describe_failure
 from chatlearn.runtime.ray_placement import ActorSlot, create_groups
 from chatlearn.runtime.ray_watches import DeathWatches
 from chatlearn.runtime.ray_worker import RayWorker, WorkerSettings
 from chatlearn.runtime.threads import ThreadShare, given_threads, plan_thread_shares
-from chatlearn.runtime.worker_ends import kill_workers, sweep_workers
 
 if TYPE_CHECKING:
     from chatlearn.config import Config
@@ -121,7 +120,6 @@ class RayBackend:
         self._launch: _Launch | None = None
         self._heartbeats: Heartbeats | None = None
         self._is_connected = False
-        self._has_gpus = False
 
     def start(
         self, specs: Sequence[ModelSpec], placement: PlacementPlan, config: Config
@@ -134,7 +132,6 @@ class RayBackend:
             WorkerError: a worker failed while it started.
         """
         modules = {spec.name: pack_module(spec.name, spec.module) for spec in specs}
-        self._has_gpus = placement.device_kind == "gpu"
         if not self._is_connected:
             self._is_connected = True
             if os.environ.get("RAY_ADDRESS"):
@@ -274,8 +271,6 @@ class RayBackend:
             ray.kill(actor.handle)
         # One that was stopped does not hear Ray.
         kill_workers([self._summaries[refs[ref]] for ref in late if refs[ref] in self._summaries])
-        if self._has_gpus:
-            sweep_workers(self._summaries.values())
         self._actors.clear()
         self._watches.clear()
         self._summaries.clear()

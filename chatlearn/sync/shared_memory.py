@@ -26,10 +26,12 @@ from chatlearn.errors import SyncError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OpenedTensors", "SharedTensors", "StorageHandles", "TensorHandle"]
+__all__ = ["CounterFiles", "OpenedTensors", "SharedTensors", "StorageHandles", "TensorHandle"]
 
 _FOLDER = Path("/dev/shm")
 _POLL_S = 0.01
+# Among what `UntypedStorage._share_cuda_` gives: device, handle, size, offset, then this.
+_COUNTER_FILE = 4
 # File descriptors that are left to everything else in a process.
 _SPARE_FILES = 256
 
@@ -152,6 +154,29 @@ class SharedTensors:
             )
         self._cuda_handles.retain(handles)
         return found
+
+
+class CounterFiles:
+    """torch's files in which readers of this process's tensors on a GPU count themselves.
+
+    torch removes them where a process ends by itself, which Ray's workers do not, and uses them as
+    long as the process lives. So this is closed with the worker; one that is killed leaves them.
+    """
+
+    def __init__(self) -> None:
+        self._paths: set[Path] = set()
+
+    def add(self, handles: Mapping[str, TensorHandle]) -> None:
+        """Those of these tensors."""
+        for kind, *arguments in {handle.storage for handle in handles.values()}:
+            if kind == "cuda":
+                self._paths.add(_FOLDER / os.fsdecode(arguments[_COUNTER_FILE]).lstrip("/"))
+
+    def close(self) -> None:
+        """Remove them: nobody opens tensors of this process any more."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        self._paths.clear()
 
 
 class OpenedTensors:

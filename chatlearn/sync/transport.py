@@ -28,7 +28,12 @@ from chatlearn.sync.digest import compute_digests, has_equal_bits, hash_tensors
 from chatlearn.sync.programs import NUM_TURNS, Block, RankProgram
 from chatlearn.sync.rank_calls import Failure
 from chatlearn.sync.records import Endpoint
-from chatlearn.sync.shared_memory import OpenedTensors, SharedTensors, TensorHandle
+from chatlearn.sync.shared_memory import (
+    CounterFiles,
+    OpenedTensors,
+    SharedTensors,
+    TensorHandle,
+)
 from chatlearn.sync.state import Early, Offer, Programs, Shadow, SyncCall
 
 if TYPE_CHECKING:
@@ -418,9 +423,12 @@ def _share(
 ) -> dict[str, TensorHandle] | None:
     shared = context.keep(("sync shared", key), SharedTensors)
     programs = _programs(context, key)
-    return shared.share(
+    handles = shared.share(
         tensors, reserved_bytes=programs.reserved_bytes, timeout_s=context.timeout_s
     )
+    if handles and context.device.type == "cuda":
+        context.keep("counter files", CounterFiles).add(handles)
+    return handles
 
 
 def _open(context: WorkerContext, key: str, offer: Offer) -> Mapping[str, torch.Tensor]:

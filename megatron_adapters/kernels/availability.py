@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from functools import cache
 
 import torch
@@ -19,7 +20,9 @@ def can_run_kernels(tensor: torch.Tensor) -> bool:
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is there, and the C compiler with which it makes what launches a kernel."""
+    has_compiler = bool(os.environ.get("CC")) or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return importlib.util.find_spec("triton") is not None and has_compiler
 
 
 def _is_interpreted() -> bool:

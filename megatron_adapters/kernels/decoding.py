@@ -1,15 +1,19 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
-"""What a step of decoding does between its matrix products: four kernels a layer."""
+"""What a step of decoding does between its matrix products, in layers of the usual kind."""
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["add_and_normalize", "attend_rows", "turn_and_write"]
+__all__ = ["add_and_normalize", "attend_rows", "can_attend_rows", "turn_and_write"]
 
 # Keys of one pass of the attention's loop, and programs that keep a GPU busy.
 _KEYS = 64
 _PROGRAMS = 256
+# Of the queries of a group, and of a key whose next ones are fetched while one is worked on: more
+# does not fit into the shared memory of some GPUs.
+_MOST_QUERY_BYTES = 1 << 15
+_MOST_FETCHED_BYTES = 256
 # Fewest keys of a part, where the keys of a row are shared among programs.
 _PART = 256
 
@@ -91,6 +95,17 @@ def turn_and_write(
     return queries
 
 
+def can_attend_rows(heads: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether `attend_rows` finds room on any GPU for a group's queries.
+
+    Args:
+        heads: of a group.
+        size: of a head.
+        dtype: of queries, keys and values.
+    """
+    return _pad(heads) * _pad(size) * dtype.itemsize <= _MOST_QUERY_BYTES
+
+
 def attend_rows(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -128,10 +143,8 @@ def attend_rows(
         torch.empty(dims, dtype=torch.float32, device=queries.device)
         for dims in ((*shape, size), shape, shape)
     ]
-    tiles = {
-        "HEADS": max(16, triton.next_power_of_2(heads)),
-        "SIZE": max(16, triton.next_power_of_2(size)),
-    }
+    tiles = {"HEADS": _pad(heads), "SIZE": _pad(size)}
+    is_small = _pad(size) * queries.element_size() <= _MOST_FETCHED_BYTES
     _attend_rows[(rows, groups, parts)](
         queries,
         keys,
@@ -150,12 +163,18 @@ def attend_rows(
         HAS_PARTS=parts > 1,
         KEYS=_KEYS,
         **tiles,
+        num_stages=3 if is_small else 1,
     )
     if parts > 1:
         _join_parts[(rows * groups,)](
             *scratch, out, rows * groups, heads, size, parts, **tiles, num_warps=2
         )
     return out
+
+
+def _pad(count: int) -> int:
+    """Matrix products take powers of 2 from 16 on."""
+    return max(16, triton.next_power_of_2(count))
 
 
 def _count_parts(num_programs: int, longest: int) -> int:

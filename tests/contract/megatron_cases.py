@@ -202,8 +202,7 @@ def train_in_logit_chunks(rank, fields, micro_batch_size):
     from megatron_adapters import packed_model
 
     before = packed_model._MOST_LOGIT_BYTES
-    few = 2 * 4 * SHAPE["vocab_size"]
-    packed_model._MOST_LOGIT_BYTES = dict.fromkeys(before, few)
+    packed_model._MOST_LOGIT_BYTES = 2 * 4 * SHAPE["vocab_size"]
     try:
         return train_groups(rank, fields, micro_batch_size)
     finally:

@@ -190,3 +190,9 @@ def lone_group():
     yield dist.group.WORLD
     if is_new:
         dist.destroy_process_group()
+
+
+def test_groups_that_fit_on_no_gpu_are_left_to_torch():
+    assert decoding.can_attend_rows(4, 128, torch.bfloat16)
+    assert decoding.can_attend_rows(16, 256, torch.float32)
+    assert not decoding.can_attend_rows(128, 256, torch.bfloat16)

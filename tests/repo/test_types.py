@@ -19,7 +19,6 @@ NOT_STRICT = {
     "chatlearn/runtime/ray_placement.py",
     "chatlearn/runtime/ray_watches.py",
     "chatlearn/runtime/ray_worker.py",
-    "chatlearn/runtime/worker_ends.py",
     "chatlearn/sync/rank_calls.py",
     "chatlearn/sync/transport.py",
     "megatron_adapters/checkpoint_reader.py",

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from chatlearn.sync import shared_memory
 from chatlearn.sync.channel import choose_backend
-from chatlearn.sync.shared_memory import StorageHandles
+from chatlearn.sync.shared_memory import CounterFiles, StorageHandles, TensorHandle
 
 NUM_BYTES = 1 << 16
 
@@ -57,3 +58,26 @@ def test_a_storage_that_lies_where_another_one_was_has_a_handle_of_its_own():
 )
 def test_nccl_serves_ranks_that_have_a_gpu_each(device_ids, backend):
     assert choose_backend(device_ids) == backend
+
+
+def test_files_of_counters_go_with_the_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_memory, "_FOLDER", tmp_path)
+    names = ("torch_1_2_0", "torch_1_2_1", "of_somebody_else")
+    for name in names:
+        (tmp_path / name).touch()
+    handles = {
+        f"weight{at}": TensorHandle(
+            ("cuda", 0, b"handle", 64, 0, f"/{name}".encode(), at, b"event", True),
+            "float32",
+            0,
+            (4,),
+            (1,),
+        )
+        for at, name in enumerate((names[0], names[0], names[1]))
+    }
+    on_cpu = TensorHandle(("cpu", 1, 2, 3, 4), "float32", 0, (4,), (1,))
+    files = CounterFiles()
+    files.add({**handles, "other": on_cpu})
+    (tmp_path / names[1]).unlink()
+    files.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["of_somebody_else"]
