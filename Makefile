@@ -48,7 +48,7 @@ test-long: setup ## Run the long forms of the tests: faults in every mode, thous
 	@CHATLEARN_TEST_EXAMPLES=3000 $(BIN)/python -m pytest --timeout 1800 tests/unit/sync $(ARGS)
 
 test-kernels: setup ## Run the kernels for GPUs on the CPU, by Triton's interpreter
-	@[ -d $(KERNELS) ] || $(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS) \
+	@[ -d $(KERNELS)/triton ] || $(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS) \
 		'triton==3.6.0' 'numpy<2.4'
 	@TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest --timeout 600 \
 		tests/contract/test_kernels.py tests/contract/test_megatron_generation.py \
@@ -92,4 +92,4 @@ docs: setup ## Write the generated pages of docs/
 	@$(BIN)/python scripts/generate_config_docs.py
 
 clean: ## Remove caches and .venv
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(KERNELS) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

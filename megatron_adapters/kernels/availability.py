@@ -25,5 +25,6 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None and has_compiler
 
 
+@cache
 def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
