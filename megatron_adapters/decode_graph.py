@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from megatron_adapters.kv_cache import CacheView, KVCache
+from megatron_adapters.kv_cache import CacheView, KVCache, fill_up
 
 if TYPE_CHECKING:
     from chatlearn.generation.contract import DecodeRows
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DecodeGraphs"]
 
-# Batches are filled up to a power of 2 below the first, to a multiple of it above.
-_ROWS_STEP = 16
 _LENGTH_STEP = 256
 
 
@@ -74,7 +72,7 @@ class DecodeGraphs:
         if cache is None:
             raise RuntimeError("call prepare first: there is no cache yet")
         count = len(rows.token_ids)
-        size = min(_fill_up(count), cache.num_slots)
+        size = min(fill_up(count), cache.num_slots)
         length = min(-(-rows.longest // _LENGTH_STEP) * _LENGTH_STEP, cache.length)
         token_ids, positions, slots = self._inputs
         token_ids[:count] = rows.token_ids
@@ -111,9 +109,3 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=pool):
             logits = self._run(cache, size, length)
         return _Recorded(graph, logits)
-
-
-def _fill_up(count: int) -> int:
-    if count >= _ROWS_STEP:
-        return -(-count // _ROWS_STEP) * _ROWS_STEP
-    return 1 << (count - 1).bit_length()

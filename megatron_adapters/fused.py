@@ -28,7 +28,21 @@ def rms_norm(
     """
     if hidden.is_cuda and not offset and hidden.dtype == weight.dtype:
         return functional.rms_norm(hidden, hidden.shape[-1:], weight, eps)
+    if not torch.is_grad_enabled():
+        return _normalize(hidden, weight.float() + offset if offset else weight, eps)[0]
     return _RMSNorm.apply(hidden, weight, eps, offset)
+
+
+def _normalize(
+    hidden: torch.Tensor, gain: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm, and what each row was multiplied by, float32."""
+    is_wide = hidden.dtype == torch.float32
+    wide = hidden if is_wide else hidden.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = scale.square_().mul_(1.0 / hidden.shape[-1]).add_(eps).rsqrt_()
+    normalized = torch.mul(wide, scale) if is_wide else wide.mul_(scale)
+    return normalized.mul_(gain).to(hidden.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -36,15 +50,11 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
     ) -> torch.Tensor:
-        size = hidden.shape[-1]
-        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().mul_(1.0 / size).add_(eps).rsqrt_()
         gain = weight.float() + offset if offset else weight
+        normalized, scale = _normalize(hidden, gain, eps)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(hidden, gain, scale)
-        if hidden.dtype == torch.float32:
-            return torch.mul(hidden, scale).mul_(gain)
-        return (hidden.float() * scale).mul_(gain).to(hidden.dtype)
+        return normalized
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:

@@ -27,6 +27,11 @@ __all__ = ["DenseProgram", "ModuleProgram", "StageProgram", "build_program"]
 class StageProgram(Protocol):
     """What the runner needs of a stage; `hidden` is [packed, hidden size]."""
 
+    @property
+    def fills_rows(self) -> bool:
+        """Whether passes of many different sizes cost more than rows that only fill up."""
+        ...
+
     def prepare(self, num_rows: int) -> None:
         """Look at the weights anew; passes of about so many tokens follow."""
         ...
@@ -86,6 +91,11 @@ class DenseProgram:
                 self._local_rotary = _Rotary(tables.local, _dtype(model))
 
         self._fits_kernels = all(_fits_kernels(layer) for layer in self._layers)
+
+    @property
+    def fills_rows(self) -> bool:
+        """See `StageProgram.fills_rows`."""
+        return self._products.is_packed
 
     def prepare(self, num_rows: int) -> None:
         """See `StageProgram.prepare`."""
@@ -252,6 +262,11 @@ class ModuleProgram:
     def __init__(self, model: Any, max_length: int) -> None:
         self._model = model
         self._tables = model.build_rotary(max_length, next(model.parameters()).device)
+
+    @property
+    def fills_rows(self) -> bool:
+        """See `StageProgram.fills_rows`: experts would count them."""
+        return False
 
     def prepare(self, num_rows: int) -> None:
         """See `StageProgram.prepare`: modules read the live weights in each pass."""

@@ -8,7 +8,7 @@ each token sees; Megatron's attention core gets it in place of a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,9 +18,28 @@ from chatlearn.generation.contract import DecodeRows, PromptChunk, SlotCopy
 from megatron_adapters.masked_attention import attend_fused
 from megatron_adapters.packed_chunks import ChunkGroup, PackedChunks
 
-__all__ = ["CacheView", "KVCache"]
+__all__ = ["CacheView", "KVCache", "cache_dtype", "fill_up"]
+
+# Batches are filled up to a power of 2 below the first, to a multiple of it above.
+_ROWS_STEP = 16
 
 Turns = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the cache of a model that computes in `dtype`.
+
+    On a CPU the products with cached keys and values are float32: a step reads them all, and would
+    otherwise turn them all into float32 first, which takes longer than reading twice the bytes.
+    """
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
+
+
+def fill_up(count: int) -> int:
+    """Rows of a batch whose size is one of a few."""
+    if count >= _ROWS_STEP:
+        return -(-count // _ROWS_STEP) * _ROWS_STEP
+    return 1 << (count - 1).bit_length()
 
 
 class KVCache:
@@ -82,6 +101,7 @@ class CacheView:
         positions: [packed] int64, where each token goes in its slot.
         slots: [packed] int64.
         num_rows: tokens that decode; they come first, for the slots from 0 on.
+        num_fill: the last of these, which only fill up the batch.
         longest: keys that the longest of these sees.
         column: the position of all of these, if it is the same.
         groups: the chunks, in the order of their tokens.
@@ -104,6 +124,7 @@ class CacheView:
     groups: tuple[ChunkGroup, ...]
     wanted: torch.Tensor | None
     window: int | None = None
+    num_fill: int = 0
     turns: Turns = (None, None)
     local_turns: Turns = (None, None)
 
@@ -117,8 +138,21 @@ class CacheView:
         device: torch.device,
         *,
         window: int | None = None,
+        fills_up: bool = False,
     ) -> CacheView:
-        """View of a pass."""
+        """View of a pass.
+
+        Args:
+            cache: of this rank.
+            layer_index: cache layer of each of Megatron's layer numbers.
+            chunks: of prompts.
+            rows: that decode.
+            device: of the tokens.
+            window: see the attributes.
+            fills_up: have one of a few numbers of rows, where there are no chunks.
+        """
+        if fills_up and rows is not None and not chunks:
+            return cls._of_filled(cache, layer_index, rows, window)
         num_rows = 0 if rows is None else rows.token_ids.shape[0]
         packed = PackedChunks.build(chunks, num_rows, device)
         longest, column = 0, None
@@ -151,6 +185,25 @@ class CacheView:
             wanted,
             window,
         )
+
+    @classmethod
+    def _of_filled(
+        cls, cache: KVCache, layer_index: dict[int, int], rows: DecodeRows, window: int | None
+    ) -> CacheView:
+        count = rows.token_ids.shape[0]
+        size = max(count, min(fill_up(count), cache.num_slots))
+        slots = torch.arange(size, device=rows.token_ids.device)
+        slots[count:] = cache.num_slots + 1
+        missing = (0, size - count)
+        token_ids, positions = (
+            functional.pad(t, missing) if size > count else t
+            for t in (rows.token_ids, rows.positions)
+        )
+        view = cls.of_rows(
+            cache, layer_index, token_ids, positions, slots, rows.longest, window=window
+        )
+        column = rows.longest - 1 if rows.is_even else None
+        return replace(view, column=column, num_fill=size - count)
 
     @classmethod
     def of_rows(
@@ -266,12 +319,14 @@ class CacheView:
     def _write(self, cached: torch.Tensor, new: torch.Tensor) -> None:
         count = self.num_rows
         if self.column is not None:
-            cached[:count, :, self.column] = new[:count]
+            held = count - self.num_fill
+            cached[:held, :, self.column] = new[:held]
             if not self.groups:
                 return
-            cached[self.slots[count:], :, self.positions[count:]] = new[count:]
+            slots, positions, new = self.slots[count:], self.positions[count:], new[count:]
         else:
-            cached[self.slots, :, self.positions] = new
+            slots, positions = self.slots, self.positions
+        cached[slots, :, positions] = new.to(cached.dtype)
 
     def _attend_rows(
         self,
@@ -283,21 +338,21 @@ class CacheView:
     ) -> torch.Tensor:
         """One token a slot; the query heads of a group are rows of one product with its keys."""
         count, groups, heads, size = query.shape
-        keys, values = (t[:count, :, seen.first : seen.stop] for t in (keys, values))
-        if query.dtype not in (torch.float32, torch.bfloat16) or query.device.type != "cpu":
+        if keys.dtype != torch.float32 or query.device.type != "cpu":
+            keys, values = (t[:count, :, seen.first : seen.stop] for t in (keys, values))
             context = functional.scaled_dot_product_attention(
                 query, keys, values, attn_mask=seen.bias, scale=scale
             )
             return context.reshape(count, -1)
-        # On a CPU plain products take less time than torch's kernel for one token. The scores are
-        # float32, as in the kernel.
-        query = query.reshape(count * groups, heads, size).float()
-        keys, values = keys.flatten(0, 1).float().transpose(1, 2), values.flatten(0, 1)
+        # On a CPU plain products take less time than torch's kernel for one token.
+        rows = query.reshape(count * groups, heads, size).float()
+        keys = seen.of(keys, count).transpose(1, 2)
         if seen.product_bias is None:
-            scores = torch.baddbmm(query.new_empty(()), query, keys, beta=0, alpha=scale)
+            scores = torch.baddbmm(rows.new_empty(()), rows, keys, beta=0, alpha=scale)
         else:
-            scores = torch.baddbmm(seen.product_bias, query, keys, alpha=scale)
-        return torch.bmm(scores.softmax(-1).to(values.dtype), values).view(count, -1)
+            scores = torch.baddbmm(seen.product_bias, rows, keys, alpha=scale)
+        context = torch.bmm(scores.softmax(-1), seen.of(values, count))
+        return context.view(count, -1).to(query.dtype)
 
 
 @dataclass(frozen=True)
@@ -315,6 +370,17 @@ class _SeenKeys:
     stop: int
     bias: torch.Tensor | None
     num_groups: int
+
+    def of(self, cached: torch.Tensor, count: int) -> torch.Tensor:
+        """[count * groups, keys, size], a view of the first slots' keys or values of a layer.
+
+        One call, for this happens in every layer of every step.
+        """
+        _, group, token, _ = cached.stride()
+        # Slots lie side by side, and so do the groups of a slot.
+        shape = (count * cached.shape[1], self.stop - self.first, cached.shape[3])
+        offset = cached.storage_offset() + self.first * token
+        return cached.as_strided(shape, (group, token, 1), offset)
 
     @cached_property
     def product_bias(self) -> torch.Tensor | None:
@@ -363,8 +429,8 @@ def _attend_chunks(
     query = query.reshape(*shape, num_groups * heads, size).transpose(1, 2)
     if group.start:
         end = group.start + group.tokens
-        key = keys[group.slot : group.slot + 1, :, :end]
-        value = values[group.slot : group.slot + 1, :, :end]
+        key = keys[group.slot : group.slot + 1, :, :end].to(query.dtype)
+        value = values[group.slot : group.slot + 1, :, :end].to(query.dtype)
     else:
         key = key.reshape(*shape, num_groups, size).transpose(1, 2)
         value = value.reshape(*shape, num_groups, -1).transpose(1, 2)

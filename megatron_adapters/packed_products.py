@@ -1,7 +1,8 @@
 """Products with weights that were laid out for the processor's bfloat16 units beforehand.
 
 oneDNN otherwise lays a weight out anew for every product, which counts for the few rows of a
-decoding step. A copy of the weights is kept for that; whoever changes weights has to
+decoding step. For each number of rows that it has not seen it compiles a program, which takes
+longer than the product: few different numbers should come up. A copy of the weights is kept for that; whoever changes weights has to
 call `prepare` before the next product.
 """
 
@@ -38,6 +39,11 @@ class PackedProducts:
         for weight in weights:
             if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
                 self._packed[id(weight)] = ops._reorder_linear_weight(weight.detach(), num_rows)  # noqa: SLF001
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there are prepared weights."""
+        return bool(self._packed)
 
     def linear(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None

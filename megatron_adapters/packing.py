@@ -18,6 +18,8 @@ __all__ = ["PackedBatch", "PackingOptions", "pack_micro_batches"]
 
 # Sharing a prompt costs a masked kernel call; it pays from this share of saved tokens on.
 _LEAST_SAVED = 0.08
+# Tokens between neighbouring lengths, at least.
+_LEAST_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class PackingOptions:
         max_length: the model's context, tokens.
         multiple: a stream's length is a multiple of this (sequence parallelism).
         is_uniform: all micro-batches of a step get one length (pipeline stages agree on it).
+        has_few_lengths: streams get one of 16 lengths between powers of two, for a processor that
+            compiles its products for each length anew.
         shares_prompts: rows with one prompt share its tokens.
         reads_last: the model is read at each row's last token, not at each response token.
         context_size: context-parallel ranks.
@@ -40,6 +44,7 @@ class PackingOptions:
     max_length: int
     multiple: int = 1
     is_uniform: bool = False
+    has_few_lengths: bool = False
     shares_prompts: bool = True
     reads_last: bool = False
     context_size: int = 1
@@ -155,14 +160,22 @@ def pack_micro_batches(
             "shorten it or raise max_sequence_length"
         )
     streams = [_lay_out(rows, options) for rows in micro_batches]
-    multiple = options.multiple * (2 * options.context_size if options.context_size > 1 else 1)
-    lengths = [max(1, -(-stream.length // multiple)) * multiple for stream in streams]
+    lengths = [_fill_up(stream.length, options) for stream in streams]
     if options.is_uniform:
         lengths = [max(lengths)] * len(lengths)
     return [
         _pack(rows, stream, length, options, temperature)
         for rows, stream, length in zip(micro_batches, streams, lengths, strict=True)
     ]
+
+
+def _fill_up(length: int, options: PackingOptions) -> int:
+    """The length that a stream of so many tokens gets."""
+    multiple = options.multiple * (2 * options.context_size if options.context_size > 1 else 1)
+    if options.has_few_lengths:
+        step = max(_LEAST_STEP, 1 << max(0, length.bit_length() - 5))
+        length = -(-length // step) * step
+    return max(1, -(-length // multiple)) * multiple
 
 
 def _lay_out(rows: Rows, options: PackingOptions) -> _Stream:

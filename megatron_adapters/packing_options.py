@@ -7,6 +7,7 @@ import torch
 from megatron_adapters.model_config import MegatronSettings
 from megatron_adapters.packing import PackingOptions
 from megatron_adapters.parallel_state import ParallelGroups
+from megatron_adapters.precision import has_native_bf16
 
 __all__ = ["build_packing_options", "shares_prompts"]
 
@@ -34,6 +35,7 @@ def build_packing_options(
         max_length=settings.shape.max_sequence_length,
         multiple=layout.tp_size if transformer.sequence_parallel else 1,
         is_uniform=layout.pp_size > 1,
+        has_few_lengths=_has_few_lengths(transformer, device),
         shares_prompts=shares_prompts,
         reads_last=reads_last,
         context_size=layout.cp_size,
@@ -65,3 +67,12 @@ def shares_prompts(transformer: Any, *, is_trained: bool) -> bool:
         or transformer.moe_z_loss_coeff is not None
     )
     return not has_dropout and not has_expert_loss
+
+
+def _has_few_lengths(transformer: Any, device: torch.device) -> bool:
+    """Whether oneDNN's products, which are compiled for each shape, take part.
+
+    Not with experts: tokens that fill up would take room in them.
+    """
+    is_compiled = transformer.params_dtype == torch.bfloat16 and has_native_bf16("cpu")
+    return device.type == "cpu" and is_compiled and not transformer.num_moe_experts

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from chatlearn.generation.contract import DecodeRows, PromptChunk, SlotCopy
 from megatron_adapters.decode_graph import DecodeGraphs
 from megatron_adapters.generation_program import DenseProgram, StageProgram, build_program
-from megatron_adapters.kv_cache import CacheView, KVCache
+from megatron_adapters.kv_cache import CacheView, KVCache, cache_dtype
 from megatron_adapters.model_building import unwrap
 from megatron_adapters.model_config import MegatronSettings
 from megatron_adapters.parallel_state import ParallelGroups
@@ -56,6 +56,7 @@ class MegatronRunner:
         self._groups = groups
         self._hidden_size = settings.transformer.hidden_size
         self._dtype = settings.transformer.params_dtype
+        self._cache_dtype = cache_dtype(self._dtype, device)
         self._num_slots = num_slots
         self._memory_share = memory_share
         self.device = device
@@ -100,7 +101,7 @@ class MegatronRunner:
                 self._num_heads,
                 self._key_size,
                 self._value_size,
-                dtype=self._dtype,
+                dtype=self._cache_dtype,
                 device=self.device,
             )
         if self.graphs is not None:
@@ -116,7 +117,13 @@ class MegatronRunner:
         if self.graphs is not None and rows is not None and not chunks:
             return self.graphs.decode(rows)[:, : self.vocab_size].float()
         view = CacheView.build(
-            self._reserved(), self._layer_index, chunks, rows, self.device, window=self._window
+            self._reserved(),
+            self._layer_index,
+            chunks,
+            rows,
+            self.device,
+            window=self._window,
+            fills_up=self.program.fills_rows,
         )
         hidden = (
             self.program.embed(view)
@@ -127,7 +134,8 @@ class MegatronRunner:
         if not self._groups.is_last_stage:
             self._send(hidden)
             return None
-        return self.program.compute_logits(hidden, view)[:, : self.vocab_size].float()
+        logits = self.program.compute_logits(hidden, view)
+        return logits[: len(logits) - view.num_fill, : self.vocab_size].float()
 
     @torch.inference_mode()
     def copy_slots(self, copies: Sequence[SlotCopy]) -> None:
@@ -171,7 +179,7 @@ class MegatronRunner:
     def _token_bytes(self) -> int:
         size = self._key_size + self._value_size
         numbers = len(self._layer_index) * self._num_heads * size
-        return numbers * self._dtype.itemsize
+        return numbers * self._cache_dtype.itemsize
 
     def _least(self, number: int) -> int:
         """The smallest of the replica's ranks' numbers: stages differ in layers."""

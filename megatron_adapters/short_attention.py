@@ -4,6 +4,9 @@
 torch's fused kernel for processors pays off for long sequences only; its gradient is slow, most of
 all in bfloat16. Queries are cut to pieces, each with the keys that it can see, so that about half
 of the scores are never computed.
+
+For products of bfloat16 a program is compiled for each shape, which takes longer than small
+products do; packed rows bring new shapes in every step. Small ones are float32 therefore.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ __all__ = ["attend_short", "is_short"]
 # Most keys of a sequence for which products were measured to be faster than the fused kernel.
 _MOST_KEYS = {torch.float32: 512, torch.bfloat16: 1024}
 _PIECE = 64
+# Operations of one product over a whole batch from which on compiling a program for it pays.
+_LEAST_COMPILED = 1 << 27
 
 
 def is_short(queries: torch.Tensor, keys: torch.Tensor) -> bool:
@@ -95,6 +100,12 @@ def _hide_later(piece: _Piece) -> torch.Tensor:
     return torch.full((count, piece.num_keys), float("-inf")).triu_(1 + piece.first)
 
 
+def _choose_dtype(queries: torch.Tensor, keys: torch.Tensor) -> torch.dtype:
+    """Of the products but the scores'."""
+    operations = 2 * queries.numel() * keys.shape[2]
+    return queries.dtype if operations >= _LEAST_COMPILED else torch.float32
+
+
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,7 +123,8 @@ class _ShortAttention(torch.autograd.Function):
         rows = queries.reshape(batch * groups, heads // groups, num_queries, size)
         flat_keys = keys.reshape(batch * groups, num_keys, size)
         flat_values = values.reshape(batch * groups, num_keys, -1)
-        wide_keys = flat_keys.float()
+        dtype = _choose_dtype(queries, keys)
+        wide_keys, work_values = flat_keys.float(), flat_values.to(dtype)
         pieces = _cut(num_queries, num_keys, offset)
         context = rows.new_empty((*rows.shape[:3], flat_values.shape[-1]))
         weights: list[torch.Tensor] = []
@@ -125,31 +137,32 @@ class _ShortAttention(torch.autograd.Function):
             torch.add(hidden, scores, alpha=scale, out=scores)
             chosen = torch.softmax(scores, dim=-1).to(queries.dtype)
             chosen = chosen.view(batch * groups, -1, piece.num_keys)
-            found = torch.bmm(chosen, flat_values[:, : piece.num_keys])
+            found = torch.bmm(chosen.to(dtype), work_values[:, : piece.num_keys])
             context[:, :, piece.queries] = found.view(*rows.shape[:2], -1, values.shape[-1])
             weights.append(chosen)
         ctx.save_for_backward(rows, flat_keys, flat_values, *weights)
-        ctx.scale, ctx.pieces = scale, pieces
+        ctx.scale, ctx.pieces, ctx.dtype = scale, pieces, dtype
         ctx.shapes = (queries.shape, keys.shape, values.shape)
         return context.view(batch, heads, num_queries, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         rows, keys, values, *weights = ctx.saved_tensors
-        gradient = gradients[0].reshape(*rows.shape[:3], -1)
+        gradient = gradients[0].reshape(*rows.shape[:3], -1).to(ctx.dtype)
         by_rows = torch.empty_like(rows)
         # Sums over pieces, in float32 as the kernel's.
         by_keys, by_values = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
-        for piece, chosen in zip(ctx.pieces, weights, strict=True):
-            at = piece.queries
+        work_rows, work_keys, work_values = (t.to(ctx.dtype) for t in (rows, keys, values))
+        for piece, kept in zip(ctx.pieces, weights, strict=True):
+            at, chosen = piece.queries, kept.to(ctx.dtype)
             own = gradient[:, :, at].reshape(len(rows), -1, values.shape[-1])
-            some = rows[:, :, at].reshape(len(rows), -1, keys.shape[-1])
+            some = work_rows[:, :, at].reshape(len(rows), -1, keys.shape[-1])
             seen = slice(piece.num_keys)
             by_values[:, seen] += torch.bmm(chosen.transpose(1, 2), own)
-            by_weights = torch.bmm(own, values[:, seen].transpose(1, 2))
+            by_weights = torch.bmm(own, work_values[:, seen].transpose(1, 2))
             by_scores = torch._softmax_backward_data(by_weights, chosen, -1, chosen.dtype)  # noqa: SLF001
             by_scores.mul_(ctx.scale)
-            by_rows[:, :, at] = torch.bmm(by_scores, keys[:, seen]).view_as(by_rows[:, :, at])
+            by_rows[:, :, at] = torch.bmm(by_scores, work_keys[:, seen]).view_as(by_rows[:, :, at])
             by_keys[:, seen] += torch.bmm(by_scores.transpose(1, 2), some)
         parts = (by_rows, by_keys.to(keys.dtype), by_values.to(values.dtype))
         found = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
