@@ -2,8 +2,8 @@
 
 oneDNN otherwise lays a weight out anew for every product, which counts for the few rows of a
 decoding step. For each number of rows that it has not seen it compiles a program, which takes
-longer than the product: few different numbers should come up. A copy of the weights is kept for that; whoever changes weights has to
-call `prepare` before the next product.
+longer than the product: few different numbers should come up. A copy of the weights is kept for
+that; whoever changes weights has to call `prepare` before the next product.
 """
 
 from collections.abc import Iterable

@@ -7,8 +7,8 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = {"one": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "tp2-pp2": (4, {**TP2, **PP2})}
 SAMPLING = {"temperature": 0.8, "max_new_tokens": 9, "num_slots": 8, "stop_token_ids": [5]}
-# A row's sums may be taken in another order in a longer batch or for a longer prefix: single outputs
-# differ by one bf16 step, which was seen to move a log-probability by 9e-3.
+# A row's sums may be taken in another order in a longer batch or for a longer prefix: single
+# outputs differ by one bf16 step, which was seen to move a log-probability by 9e-3.
 BF16_BOUND = 2e-2
 
 

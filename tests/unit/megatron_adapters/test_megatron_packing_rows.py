@@ -46,3 +46,20 @@ def test_responses_of_no_token_are_read_nowhere():
     (batch,) = pack_micro_batches([make_rows((3, 0), (2, 1))], PackingOptions(max_length=8))
     assert batch.reads.tolist() == [4]
     assert batch.split(batch.align([torch.empty(0), torch.ones(1)]))[1].tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(1, 16), (16, 16), (17, 32), (500, 512), (1025, 1088), (2100, 2176)]
+)
+def test_streams_of_few_lengths_are_filled_up(tokens, expected):
+    options = PackingOptions(max_length=4096, has_few_lengths=True)
+    (batch,) = pack_micro_batches([make_rows((tokens, 1))], options)
+    assert batch.token_ids.shape == (1, expected)
+    assert int(batch.is_fill.sum()) == expected - tokens
+    assert batch.reads.tolist() == [tokens - 1]
+
+
+def test_few_lengths_heed_the_multiple_of_the_layout():
+    options = PackingOptions(max_length=64, has_few_lengths=True, multiple=3)
+    (batch,) = pack_micro_batches([make_rows((15, 3))], options)
+    assert batch.num_stream_tokens == 33

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_adapters import short_attention
 from megatron_adapters.short_attention import attend_short, is_short
 
 BATCH, HEADS, GROUPS, SIZE, VALUE_SIZE = 3, 4, 2, 8, 6
@@ -65,3 +66,15 @@ def test_long_sequences_and_other_dtypes_go_to_the_fused_kernel():
     assert is_short(queries, keys[:, :, :512])
     assert is_short(queries.bfloat16(), keys.bfloat16())
     assert not is_short(queries.half(), keys.half())
+
+
+def test_small_and_large_products_of_bfloat16_agree(monkeypatch):
+    """Which dtype they are in depends on the batch; the weights are rounded in both."""
+    found = []
+    for least in (0, 1 << 60):
+        monkeypatch.setattr(short_attention, "_LEAST_COMPILED", least)
+        inputs = draw(torch.bfloat16, 200, 200)
+        context = attend_short(*inputs, None)
+        found.append([context, *torch.autograd.grad(context.float().square().sum(), inputs)])
+    for one, other in zip(*found, strict=True):
+        assert (one.double() - other.double()).norm() < 4e-3 * other.double().norm()
