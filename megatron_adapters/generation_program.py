@@ -317,8 +317,7 @@ class _Angles:
         rest = None
         if size < heads.shape[-1]:
             heads, rest = heads[..., :size], heads[..., size:]
-        first, second = heads.chunk(2, -1)
-        swapped = torch.cat([second, first], -1)
+        swapped = heads.roll(size // 2, -1)
         turned = (heads * self.cosine).add_(swapped.mul_(self.sine))
         return turned if rest is None else torch.cat([turned, rest], -1)
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from chatlearn.generation.contract import DecodeRows, PromptChunk, SlotCopy
+from megatron_adapters.huge_pages import ask_for_huge_pages
 from megatron_adapters.masked_attention import attend_fused
 from megatron_adapters.packed_chunks import ChunkGroup, PackedChunks
 
@@ -75,10 +76,7 @@ class KVCache:
         self.length = length
         shape = (num_layers, num_slots + 2, num_heads, length)
         # Zeros, for what a mask hides still takes part with weight 0, and must be finite.
-        self._all = [
-            torch.zeros((*shape, size), dtype=dtype, device=device)
-            for size in (key_size, value_size)
-        ]
+        self._all = [_allocate((*shape, size), dtype, device) for size in (key_size, value_size)]
         self.keys, self.values = (list(both) for both in self._all)
 
     def copy(self, copies: Sequence[SlotCopy]) -> None:
@@ -88,6 +86,13 @@ class KVCache:
             for held in self._all:
                 source = held[:, copy.source : copy.source + 1, :, : copy.length]
                 held[:, copy.target : end, :, : copy.length] = source
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        ask_for_huge_pages(tensor)
+    return tensor.zero_()
 
 
 @dataclass(frozen=True)
@@ -321,12 +326,20 @@ class CacheView:
         if self.column is not None:
             held = count - self.num_fill
             cached[:held, :, self.column] = new[:held]
-            if not self.groups:
-                return
-            slots, positions, new = self.slots[count:], self.positions[count:], new[count:]
-        else:
-            slots, positions = self.slots, self.positions
-        cached[slots, :, positions] = new.to(cached.dtype)
+            new = new[count:]
+        if len(new):
+            size = cached.shape[-1]
+            rows = new.reshape(-1, size).to(cached.dtype)
+            cached.view(-1, size).index_copy_(0, self._places, rows)
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        """[tokens * groups] int64, rows of a layer's cache for what `column` does not place."""
+        first = self.num_rows if self.column is not None else 0
+        _, groups, length, _ = self.cache.keys[0].shape
+        group = torch.arange(groups, device=self.slots.device)
+        slots = self.slots[first:, None] * groups + group
+        return (slots * length + self.positions[first:, None]).flatten()
 
     def _attend_rows(
         self,

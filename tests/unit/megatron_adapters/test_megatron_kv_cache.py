@@ -1,9 +1,12 @@
 """Rows that only fill up a batch change nothing that is held, and nothing that is found."""
 
+import mmap
+
 import pytest
 import torch
 
 from chatlearn.generation.contract import DecodeRows
+from megatron_adapters.huge_pages import ask_for_huge_pages
 from megatron_adapters.kv_cache import CacheView, KVCache, cache_dtype, fill_up
 
 LAYER_INDEX = {1: 0}
@@ -53,3 +56,11 @@ def test_on_a_processor_a_bfloat16_model_has_a_float32_cache():
     assert cache_dtype(torch.bfloat16, CPU) == torch.float32
     assert cache_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
     assert cache_dtype(torch.float16, CPU) == torch.float16
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the kernel's headers lack it")
+def test_large_tensors_are_offered_huge_pages_and_small_ones_are_not():
+    assert not ask_for_huge_pages(torch.empty(1000))
+    large = torch.empty(1 << 21)
+    ask_for_huge_pages(large)
+    assert large.zero_().sum() == 0
