@@ -40,7 +40,8 @@ def _normalize(
     is_wide = hidden.dtype == torch.float32
     wide = hidden if is_wide else hidden.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = scale.square_().mul_(1.0 / hidden.shape[-1]).add_(eps).rsqrt_()
+    floor = torch.full((), eps, device=wide.device)
+    scale = torch.addcmul(floor, scale, scale, value=1.0 / hidden.shape[-1]).rsqrt_()
     normalized = torch.mul(wide, scale) if is_wide else wide.mul_(scale)
     return normalized.mul_(gain).to(hidden.dtype), scale
 

@@ -318,7 +318,7 @@ class _Angles:
         if size < heads.shape[-1]:
             heads, rest = heads[..., :size], heads[..., size:]
         swapped = heads.roll(size // 2, -1)
-        turned = (heads * self.cosine).add_(swapped.mul_(self.sine))
+        turned = (heads * self.cosine).addcmul_(swapped, self.sine)
         return turned if rest is None else torch.cat([turned, rest], -1)
 
 

@@ -300,20 +300,25 @@ class CacheView:
         keys = self.cache.keys[0]
         bias = None
         if self.column is None:
-            bias = row_bias(self.positions[: self.num_rows], self.longest, keys.dtype)
-        return _SeenKeys(0, self.longest, bias, keys.shape[1])
+            positions = self.positions[: self.num_rows]
+            bias = row_bias(positions, self.longest, keys.dtype)
+            held = self.num_rows - self.num_fill
+            if held and keys.device.type == "cpu":
+                shortest = 1 + int(positions[:held].min())
+                return _SeenKeys(0, self.longest, bias, shortest)
+        return _SeenKeys(0, self.longest, bias)
 
     @cached_property
     def _window_rows(self) -> _SeenKeys:
         """What rows see of their slots in layers with a sliding window."""
-        window, groups = self.window, self.cache.keys[0].shape[1]
+        window = self.window
         if window is None or self.longest <= window + 1:
             return self._rows
         if self.column is not None:
-            return _SeenKeys(self.column - window, self.longest, None, groups)
+            return _SeenKeys(self.column - window, self.longest, None)
         positions = self.positions[: self.num_rows]
         bias = row_bias(positions, self.longest, self.cache.keys[0].dtype, window)
-        return _SeenKeys(0, self.longest, bias, groups)
+        return _SeenKeys(0, self.longest, bias)
 
     @cached_property
     def _window_masks(self) -> list[torch.Tensor | None]:
@@ -329,7 +334,7 @@ class CacheView:
             new = new[count:]
         if len(new):
             size = cached.shape[-1]
-            rows = new.reshape(-1, size).to(cached.dtype)
+            rows = new.to(cached.dtype).reshape(-1, size)
             cached.view(-1, size).index_copy_(0, self._places, rows)
 
     @cached_property
@@ -358,12 +363,13 @@ class CacheView:
             )
             return context.reshape(count, -1)
         # On a CPU plain products take less time than torch's kernel for one token.
-        rows = query.reshape(count * groups, heads, size).float()
+        rows = query.float().reshape(count * groups, heads, size)
         keys = seen.of(keys, count).transpose(1, 2)
-        if seen.product_bias is None:
-            scores = torch.baddbmm(rows.new_empty(()), rows, keys, beta=0, alpha=scale)
-        else:
-            scores = torch.baddbmm(seen.product_bias, rows, keys, alpha=scale)
+        scores = torch.baddbmm(rows.new_empty(()), rows, keys, beta=0, alpha=scale)
+        if seen.bias is not None:
+            # What is hidden lies behind the shortest prefix; a bias of the product would cost more.
+            hidden = scores.view(count, groups, heads, -1)[..., seen.first_hidden :]
+            hidden += seen.bias[..., seen.first_hidden :]
         context = torch.bmm(scores.softmax(-1), seen.of(values, count))
         return context.view(count, -1).to(query.dtype)
 
@@ -376,13 +382,13 @@ class _SeenKeys:
         first: position of the first key of all rows.
         stop: position after the last.
         bias: [rows, 1, 1, keys], 0 where a row may look, else -inf; None: everywhere.
-        num_groups: key-value heads.
+        first_hidden: the first key that any row must not look at; rows that only fill up may.
     """
 
     first: int
     stop: int
     bias: torch.Tensor | None
-    num_groups: int
+    first_hidden: int = 0
 
     def of(self, cached: torch.Tensor, count: int) -> torch.Tensor:
         """[count * groups, keys, size], a view of the first slots' keys or values of a layer.
@@ -394,13 +400,6 @@ class _SeenKeys:
         shape = (count * cached.shape[1], self.stop - self.first, cached.shape[3])
         offset = cached.storage_offset() + self.first * token
         return cached.as_strided(shape, (group, token, 1), offset)
-
-    @cached_property
-    def product_bias(self) -> torch.Tensor | None:
-        """`bias` for each row and group, [rows * groups, 1, keys] float32."""
-        if self.bias is None:
-            return None
-        return self.bias[:, 0].float().repeat_interleave(self.num_groups, 0)
 
 
 def row_bias(

@@ -36,6 +36,11 @@ class RankPool:
         process.start()
         self._ends[rank], self._processes[rank] = own, process
 
+    def _replace(self, rank) -> None:
+        self._processes[rank].kill()
+        self._processes[rank].join(10)
+        self._start(rank)
+
     def _replace_crowded(self, world_size) -> None:
         """Start ranks anew whose dead worlds have left threads, each of which wakes up for ever.
 
@@ -43,9 +48,7 @@ class RankPool:
         """
         for rank, process in enumerate(self._processes[:world_size]):
             if len(os.listdir(f"/proc/{process.pid}/task")) > _MOST_THREADS:
-                process.terminate()
-                process.join(10)
-                self._start(rank)
+                self._replace(rank)
 
     def run(self, world_size, function, *args):
         """The results by rank; a rank's exception is raised here with its traceback."""
@@ -55,6 +58,9 @@ class RankPool:
         results, failures = [], []
         for rank, end in enumerate(self._ends[:world_size]):
             if not end.poll(_TIMEOUT_S):
+                # Their answers would be taken for those to what comes next.
+                for each in range(world_size):
+                    self._replace(each)
                 raise TimeoutError(f"rank {rank} of {world_size} does not answer; {failures}")
             is_good, value = end.recv()
             (results if is_good else failures).append(value)
