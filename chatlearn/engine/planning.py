@@ -146,13 +146,15 @@ def plan_run(
         inventory = discover_inventory(config, may_join=may_join)
     else:
         inventory = assume_inventory(config, assume_devices)
-    colocation = config.runtime.colocation_groups
+    colocation, notes = config.runtime.colocation_groups, completed.notes
     if config.runtime.backend == "local" and inventory.kind == "gpu":
+        if colocation:
+            notes = (*notes, "runtime.colocation: with runtime.backend: local all share one device")
         # They live in one process, on its device.
         colocation = (tuple(flows.modules),)
     placement = plan_placement(requests, colocation, inventory)
     missing = find_missing_files(config, flows.modules)
-    return RunPlan(flows, requests, placement, config, missing, completed.notes)
+    return RunPlan(flows, requests, placement, config, missing, notes)
 
 
 def synced_in_episode(episode: int | None, frequency: int) -> bool:

@@ -172,3 +172,8 @@ def test_the_local_backend_needs_one_gpu_for_all_models(monkeypatch):
         plan_run(flows, load_config(content))
     plan = plan_run(flows, load_config({**content, "runtime": {"backend": "local"}}))
     assert {(place.slot.node, place.slot.device) for place in plan.placement.places} == {(0, 0)}
+    assert not plan.notes
+    asked = {"backend": "local", "colocation": ["policy,trainer"]}
+    plan = plan_run(flows, load_config({**content, "runtime": asked}))
+    assert plan.notes == ("runtime.colocation: with runtime.backend: local all share one device",)
+    assert {(place.slot.node, place.slot.device) for place in plan.placement.places} == {(0, 0)}
