@@ -52,12 +52,23 @@ class DecodeGraphs:
         self._window = window
         self._is_recorded = is_recorded
         self._cache: KVCache | None = None
+        self._num_slots = self._length = 0
         self._addresses: tuple[int, ...] = ()
         self._graphs: dict[tuple[int, int], _Recorded] = {}
         self._inputs = torch.empty((3, 0), dtype=torch.int64)
 
-    def prepare(self, cache: KVCache, addresses: tuple[int, ...]) -> None:
-        """Use this cache and the weights at these addresses; called before each generation."""
+    def prepare(
+        self, cache: KVCache, addresses: tuple[int, ...], num_slots: int, length: int
+    ) -> None:
+        """Use this cache and the weights at these addresses; called before each generation.
+
+        Args:
+            cache: as large as this call needs, or larger from a call before.
+            addresses: of the weights.
+            num_slots: that this call needs.
+            length: of each, tokens.
+        """
+        self._num_slots, self._length = num_slots, length
         if cache is self._cache and addresses == self._addresses:
             return
         self._graphs.clear()
@@ -72,8 +83,8 @@ class DecodeGraphs:
         if cache is None:
             raise RuntimeError("call prepare first: there is no cache yet")
         count = len(rows.token_ids)
-        size = min(fill_up(count), cache.num_slots)
-        length = min(-(-rows.longest // _LENGTH_STEP) * _LENGTH_STEP, cache.length)
+        size = min(fill_up(count), self._num_slots)
+        length = min(-(-rows.longest // _LENGTH_STEP) * _LENGTH_STEP, self._length)
         token_ids, positions, slots = self._inputs
         token_ids[:count] = rows.token_ids
         positions[:count] = rows.positions

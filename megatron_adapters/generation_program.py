@@ -29,7 +29,10 @@ class StageProgram(Protocol):
 
     @property
     def fills_rows(self) -> bool:
-        """Whether passes of many different sizes cost more than rows that only fill up."""
+        """Whether passes of many different sizes cost more than rows that only fill up.
+
+        All stages of a pipeline have to want it.
+        """
         ...
 
     def prepare(self, num_rows: int) -> None:
@@ -312,7 +315,7 @@ class _Angles:
     sine: torch.Tensor
 
     def turn(self, heads: torch.Tensor) -> torch.Tensor:
-        """Rotary positions of [packed, groups, heads, size]; rounds as Megatron's own does."""
+        """Rotary positions of [packed, groups, heads, size]; rounds as `fused.rotate` does."""
         size = self.cosine.shape[-1]
         rest = None
         if size < heads.shape[-1]:

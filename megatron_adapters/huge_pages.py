@@ -14,6 +14,8 @@ _SIZE = 1 << 21
 def ask_for_huge_pages(tensor: torch.Tensor) -> bool:
     """Ask Linux to hold a new tensor's memory in pages of 2 MiB; call it before the first write.
 
+    What the allocator puts there later has such pages, too.
+
     Args:
         tensor: on the CPU, contiguous.
 

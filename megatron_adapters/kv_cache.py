@@ -143,7 +143,7 @@ class CacheView:
         device: torch.device,
         *,
         window: int | None = None,
-        fills_up: bool = False,
+        most_rows: int | None = None,
     ) -> CacheView:
         """View of a pass.
 
@@ -154,10 +154,12 @@ class CacheView:
             rows: that decode.
             device: of the tokens.
             window: see the attributes.
-            fills_up: have one of a few numbers of rows, where there are no chunks.
+            most_rows: fill up to one of a few numbers of rows, and at most so many, where there are
+                no chunks; None: do not. It must not follow from the cache, which may be larger
+                than a call needs: how products round may depend on it.
         """
-        if fills_up and rows is not None and not chunks:
-            return cls._of_filled(cache, layer_index, rows, window)
+        if most_rows is not None and rows is not None and not chunks:
+            return cls._of_filled(cache, layer_index, rows, window, most_rows)
         num_rows = 0 if rows is None else rows.token_ids.shape[0]
         packed = PackedChunks.build(chunks, num_rows, device)
         longest, column = 0, None
@@ -193,10 +195,15 @@ class CacheView:
 
     @classmethod
     def _of_filled(
-        cls, cache: KVCache, layer_index: dict[int, int], rows: DecodeRows, window: int | None
+        cls,
+        cache: KVCache,
+        layer_index: dict[int, int],
+        rows: DecodeRows,
+        window: int | None,
+        most_rows: int,
     ) -> CacheView:
         count = rows.token_ids.shape[0]
-        size = max(count, min(fill_up(count), cache.num_slots))
+        size = max(count, min(fill_up(count), most_rows))
         slots = torch.arange(size, device=rows.token_ids.device)
         slots[count:] = cache.num_slots + 1
         missing = (0, size - count)

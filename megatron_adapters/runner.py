@@ -73,6 +73,7 @@ class MegatronRunner:
         window = settings.transformer.window_size
         self._window = window[0] if window else None
         self._cache: KVCache | None = None
+        self._most_rows: int | None = None
         with torch.inference_mode():
             self.program: StageProgram = build_program(model, self.max_length)
         self._parameters = list(model.parameters())
@@ -88,8 +89,13 @@ class MegatronRunner:
         self.program.prepare(num_sequences)
         limit = self._num_slots
         if limit is None:
-            limit = max(1, self._memory_bytes() // (self._token_bytes() * length) - 2)
-        num_slots = min(num_sequences, self._least(limit))
+            own = max(1, self._memory_bytes() // (self._token_bytes() * length) - 2)
+            # Stages differ in layers.
+            limit = self._least(own)
+        num_slots = min(num_sequences, limit)
+        # Stages may differ in kind, too; passes have as many rows in all of them.
+        fills_rows = self._least(int(self.program.fills_rows))
+        self._most_rows = num_slots if fills_rows else None
         cache = self._cache
         if cache is None or cache.num_slots < num_slots or cache.length < length:
             # The old one goes first, so that both are never there at once.
@@ -106,7 +112,7 @@ class MegatronRunner:
             )
         if self.graphs is not None:
             addresses = tuple(parameter.data_ptr() for parameter in self._parameters)
-            self.graphs.prepare(self._reserved(), addresses)
+            self.graphs.prepare(self._reserved(), addresses, num_slots, length)
         return num_slots
 
     @torch.inference_mode()
@@ -123,7 +129,7 @@ class MegatronRunner:
             rows,
             self.device,
             window=self._window,
-            fills_up=self.program.fills_rows,
+            most_rows=self._most_rows,
         )
         hidden = (
             self.program.embed(view)
@@ -182,9 +188,7 @@ class MegatronRunner:
         return numbers * self._cache_dtype.itemsize
 
     def _least(self, number: int) -> int:
-        """The smallest of the replica's ranks' numbers: stages differ in layers."""
-        if self._num_slots is not None:
-            return number
+        """The smallest of the replica's ranks' numbers."""
         collectives: Any = dist
         least = torch.tensor(number, device=self.device)
         for group in (self._groups.tensor, self._groups.pipeline):

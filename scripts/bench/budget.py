@@ -25,7 +25,8 @@ class StepSize:
         num_samples: responses of each.
         prompt_length: tokens.
         response_length: tokens.
-        element_bytes: of weights, activations and cache.
+        element_bytes: of weights and activations.
+        cache_element_bytes: of keys and values; on a processor they are float32.
     """
 
     num_prompts: int = 8
@@ -33,6 +34,7 @@ class StepSize:
     prompt_length: int = 32
     response_length: int = 64
     element_bytes: int = _FLOAT32_BYTES
+    cache_element_bytes: int = _FLOAT32_BYTES
 
     @property
     def num_rows(self) -> int:
@@ -71,7 +73,8 @@ def list_stages(shape: Shape, step: StepSize) -> list[Stage]:
     # The prompt's pass gives the first token; the others take a step each.
     starts = range(step.prompt_length, length - 1)
     decode = sum(shape.forward_flops(1, start=start) for start in starts) * rows
-    cached = shape.cache_bytes(sum(start + 1 for start in starts), step.element_bytes) * rows
+    num_read = rows * sum(start + 1 for start in starts)
+    cached = shape.cache_bytes(num_read, step.cache_element_bytes)
     optimizer = _ADAM_PASSES * shape.num_parameters * _FLOAT32_BYTES
     if step.element_bytes < _FLOAT32_BYTES:
         # The weights that the model calculates with are written beside the master copy.

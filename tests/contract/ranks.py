@@ -57,12 +57,15 @@ class RankPool:
             end.send((store, world_size, function, args))
         results, failures = [], []
         for rank, end in enumerate(self._ends[:world_size]):
-            if not end.poll(_TIMEOUT_S):
-                # Their answers would be taken for those to what comes next.
+            try:
+                if not end.poll(_TIMEOUT_S):
+                    raise TimeoutError(f"rank {rank} of {world_size} does not answer; {failures}")
+                is_good, value = end.recv()
+            except (EOFError, OSError):  # a TimeoutError is an OSError
+                # Late answers would be taken for those to what comes next.
                 for each in range(world_size):
                     self._replace(each)
-                raise TimeoutError(f"rank {rank} of {world_size} does not answer; {failures}")
-            is_good, value = end.recv()
+                raise
             (results if is_good else failures).append(value)
         self._replace_crowded(world_size)
         if failures:

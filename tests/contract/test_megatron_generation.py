@@ -48,6 +48,16 @@ def test_in_bf16_they_are_those_of_a_full_forward_in_the_same_layout(ranks, name
         assert reported == pytest.approx(scored, abs=BF16_BOUND)
 
 
+def test_stages_of_different_kinds_agree_on_the_rows_of_a_pass(ranks):
+    """A processor with bf16 fills batches up, but not with experts, which one stage has."""
+    # Each token goes to all experts: a rounding cannot change which.
+    experts = {"num_moe_experts": 4, "moe_router_topk": 4, "moe_router_load_balancing_type": "none"}
+    fields = {**experts, "moe_layer_freq": [0, 0, 1, 1], "bf16": True}
+    tokens, logprobs = generate(ranks, "pp2", **fields, generation={"temperature": 1.0})
+    for reported, scored in zip(logprobs, score(ranks, "pp2", fields, tokens), strict=True):
+        assert reported == pytest.approx(scored, abs=BF16_BOUND)
+
+
 @pytest.mark.parametrize("name", ["tp2", "pp2"])
 def test_in_bf16_they_are_those_of_another_layout_to_its_rounding(ranks, name):
     """Tensor-parallel ranks add partial sums that are rounded to bf16."""

@@ -1,6 +1,7 @@
 """Rows that only fill up a batch change nothing that is held, and nothing that is found."""
 
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +15,16 @@ COUNT, NUM_SLOTS, LENGTH, GROUPS, HEADS, SIZE = 5, 7, 12, 2, 3, 8
 CPU = torch.device("cpu")
 
 
-def make_cache():
-    cache = KVCache(1, NUM_SLOTS, LENGTH, GROUPS, SIZE, SIZE, dtype=torch.float32, device=CPU)
+def make_cache(num_slots=NUM_SLOTS):
+    cache = KVCache(1, num_slots, LENGTH, GROUPS, SIZE, SIZE, dtype=torch.float32, device=CPU)
     source = torch.Generator().manual_seed(0)
     for held in (cache.keys[0], cache.values[0]):
         held.copy_(torch.randn(held.shape, generator=source))
     return cache
 
 
-def attend(cache, rows, *, fills_up, dtype):
-    view = CacheView.build(cache, LAYER_INDEX, [], rows, CPU, fills_up=fills_up)
+def attend(cache, rows, *, most_rows, dtype):
+    view = CacheView.build(cache, LAYER_INDEX, [], rows, CPU, most_rows=most_rows)
     source = torch.Generator().manual_seed(1)
     drawn = torch.randn((NUM_SLOTS, GROUPS, HEADS + 2, SIZE), generator=source).to(dtype)
     drawn = drawn[: len(view.token_ids)]
@@ -37,8 +38,8 @@ def test_rows_that_fill_up_do_not_show(positions, dtype):
     at = torch.tensor(positions)
     rows = DecodeRows(torch.arange(COUNT), at, int(at.max()) + 1, len(set(positions)) == 1)
     plain, filled = make_cache(), make_cache()
-    _, expected = attend(plain, rows, fills_up=False, dtype=dtype)
-    view, found = attend(filled, rows, fills_up=True, dtype=dtype)
+    _, expected = attend(plain, rows, most_rows=None, dtype=dtype)
+    view, found = attend(filled, rows, most_rows=NUM_SLOTS, dtype=dtype)
     assert view.num_fill == NUM_SLOTS - COUNT == 2
     assert found.dtype == dtype
     assert torch.equal(found[:COUNT], expected)
@@ -46,6 +47,15 @@ def test_rows_that_fill_up_do_not_show(positions, dtype):
     for one, other in ((filled.keys, plain.keys), (filled.values, plain.values)):
         # The last slot is there for what fills up.
         assert torch.equal(one[0][:-1], other[0][:-1])
+
+
+def test_how_far_a_batch_is_filled_up_does_not_depend_on_the_calls_before():
+    """They may have left a larger cache; products of more rows may round otherwise."""
+    rows = DecodeRows(torch.arange(COUNT), torch.full((COUNT,), 4), 5, is_even=True)
+    for num_slots in (6, 40):
+        view = CacheView.build(make_cache(num_slots), LAYER_INDEX, [], rows, CPU, most_rows=6)
+        assert len(view.token_ids) == 6
+        assert view.slots.tolist() == [0, 1, 2, 3, 4, num_slots + 1]
 
 
 def test_batches_have_few_sizes():
@@ -58,9 +68,26 @@ def test_on_a_processor_a_bfloat16_model_has_a_float32_cache():
     assert cache_dtype(torch.float16, CPU) == torch.float16
 
 
+def read_mappings():
+    """Addresses and kernel's flags of this process's mappings."""
+    start = stop = 0
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        head, *rest = line.split()
+        if head == "VmFlags:":
+            yield start, stop, rest
+        elif "-" in head and not head.endswith(":"):
+            start, stop = (int(number, 16) for number in head.split("-"))
+
+
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the kernel's headers lack it")
 def test_large_tensors_are_offered_huge_pages_and_small_ones_are_not():
     assert not ask_for_huge_pages(torch.empty(1000))
-    large = torch.empty(1 << 21)
-    ask_for_huge_pages(large)
-    assert large.zero_().sum() == 0
+    large = torch.empty(1 << 23)
+    assert ask_for_huge_pages(large) is Path("/sys/kernel/mm/transparent_hugepage").is_dir()
+    first = large.data_ptr()
+    asked = [
+        flags
+        for start, stop, flags in read_mappings()
+        if start < first + large.nbytes and first < stop
+    ]
+    assert any("hg" in flags for flags in asked)

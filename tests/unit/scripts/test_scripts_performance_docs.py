@@ -23,8 +23,8 @@ def test_the_stages_of_a_step_are_counted_by_hand():
     weights = 144 + 40
     # Two rows, two steps; attention reads 3 keys, then 4.
     assert stages["decoding"].flops == 2 * (2 * 2 * weights + 4 * 4 * (3 + 4))
-    # A token's cache: keys and values, 2 channels each, 2 bytes.
-    assert stages["decoding"].num_bytes == 2 * 2 * weights + 2 * (3 + 4) * 2 * 2 * 2
+    # A token's cache: keys and values, 2 channels each, 4 bytes.
+    assert stages["decoding"].num_bytes == 2 * 2 * weights + 2 * (3 + 4) * 2 * 2 * 4
     # The prompt of two tokens once, behind it three tokens for each of the two rows.
     before = 2 * 144 * 2 + 4 * 4 * 3
     after = 2 * 144 * 3 + 4 * 4 * (3 + 4 + 5) + 2 * 3 * 40
