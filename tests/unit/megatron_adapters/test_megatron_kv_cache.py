@@ -1,6 +1,5 @@
 """Rows that only fill up a batch change nothing that is held, and nothing that is found."""
 
-import mmap
 from pathlib import Path
 
 import pytest
@@ -68,6 +67,9 @@ def test_on_a_processor_a_bfloat16_model_has_a_float32_cache():
     assert cache_dtype(torch.float16, CPU) == torch.float16
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+
+
 def read_mappings():
     """Addresses and kernel's flags of this process's mappings."""
     start = stop = 0
@@ -79,11 +81,11 @@ def read_mappings():
             start, stop = (int(number, 16) for number in head.split("-"))
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the kernel's headers lack it")
+@pytest.mark.skipif(not HUGE_PAGES.is_dir(), reason="the kernel has no huge pages for processes")
 def test_large_tensors_are_offered_huge_pages_and_small_ones_are_not():
     assert not ask_for_huge_pages(torch.empty(1000))
     large = torch.empty(1 << 23)
-    assert ask_for_huge_pages(large) is Path("/sys/kernel/mm/transparent_hugepage").is_dir()
+    assert ask_for_huge_pages(large)
     first = large.data_ptr()
     asked = [
         flags
